@@ -1,0 +1,64 @@
+# Everything a person types. `make demo` and `make test` work on a clean clone.
+PYTHON ?= python3
+# The torch build to install. Without a GPU a CPU build that pip can find (2.13.0+cpu) is newer in
+# pip's order than the plain 2.13.0 with its CUDA packages, so the plain pin takes it.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
+.PHONY: help setup demo test check lint type test-interpret test-compile test-gpu smoke bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+$(VENV)/torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) setuptools '$(TORCH)'
+	@touch $@
+
+$(VENV)/train: $(VENV)/torch pyproject.toml constraints.txt
+	$(PIP) --no-build-isolation -e '.[train]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/train
+	$(PIP) --no-build-isolation -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/dev  ## .venv with everything, pinned by constraints.txt
+
+demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 6 minutes
+	$(BIN)/xopd demo
+
+test: $(VENV)/dev  ## the tests that need no GPU and no interpreter
+	$(BIN)/python -m pytest -m "not interpret and not compile"
+
+test-interpret: $(VENV)/dev  ## the Triton kernels in Triton's interpreter, on the CPU
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret
+
+test-compile: $(VENV)/dev  ## every tile compiled for sm_80, sm_90 and sm_100, without a GPU
+	$(BIN)/python -m pytest -m compile
+
+test-gpu: $(VENV)/dev  ## the device lane; skips where CUDA is missing and says so
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(VENV)/dev  ## ruff (rules and format) and spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+
+type: $(VENV)/dev  ## mypy --strict
+	$(BIN)/mypy
+
+smoke: $(VENV)/dev  ## every benchmark on tiny shapes
+	$(BIN)/python -m benchmarks.linear_logprob --smoke
+	$(BIN)/python -m benchmarks.linear_policy_loss --smoke
+
+bench: $(VENV)/dev  ## the benchmarks at full size
+	$(BIN)/python -m benchmarks.linear_logprob
+	$(BIN)/python -m benchmarks.linear_policy_loss
+
+check: lint type test test-interpret test-compile smoke  ## what CI runs
+
+clean:  ## remove the environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build

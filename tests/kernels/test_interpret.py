@@ -1,0 +1,187 @@
+"""The Triton kernels in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
+
+import os
+
+import pytest
+import torch
+
+from xopd_kernels import Backend, linear_logprob, linear_policy_loss
+from xopd_kernels.records import PolicyTerms
+from xopd_kernels.testing import (
+    Distribution,
+    assert_within_budget,
+    dense_logprob,
+    dense_policy_loss,
+    make_head,
+    make_inputs,
+    make_terms,
+)
+
+pytestmark = [
+    pytest.mark.interpret,
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1",
+        reason="needs TRITON_INTERPRET=1, set before triton is imported: a process of its own",
+    ),
+    # Rows beyond the live ones are computed on zeros and never stored.
+    pytest.mark.filterwarnings("ignore:(invalid value|divide by zero|overflow):RuntimeWarning"),
+    # Triton 3.6 under numpy 2.
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+PLAIN: dict[str, float] = {}
+ALL = {"temperature": 1.3, "softcap": 4.0, "logit_scale": 0.8}  # with a bias and peaked inputs
+# (N, V, D), transform, rows of a chunk (None: as the table says). All ragged; 1100 classes are
+# several slabs.
+CASES = [
+    ((1, 1, 1), PLAIN, None),
+    ((70, 300, 33), PLAIN, 48),
+    ((70, 300, 33), ALL, None),
+    ((40, 1100, 20), ALL, 24),
+]
+TRITON = {"backend": Backend.TRITON}
+
+
+def set_chunk_rows(monkeypatch, chunk):
+    from xopd_kernels.linear_logprob import triton as logprob
+    from xopd_kernels.linear_policy_loss import triton as policy
+
+    if chunk is not None:
+        for module in (logprob, policy):
+            monkeypatch.setattr(module, "chunk_rows", lambda rows, vocab_size: chunk)
+
+
+def gradients(loss, inputs):
+    return torch.autograd.grad(loss, inputs[:3], allow_unused=True)
+
+
+def project(rows):
+    rng = torch.Generator().manual_seed(1)
+    return sum((x * torch.randn(x.shape, generator=rng)).sum() for x in rows)
+
+
+def assert_budget(names, actual, baseline, oracle):
+    for name, *values in zip(names, actual, baseline, oracle, strict=True):
+        if values[2] is not None:
+            assert_within_budget(name, *values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "transform", "chunk"), CASES)
+def test_logprob(dtype, shape, transform, chunk, monkeypatch):
+    set_chunk_rows(monkeypatch, chunk)
+    has_bias = bool(transform)
+    inputs = make_inputs(*shape, dtype, Distribution.PEAKED if has_bias else Distribution.RANDOM)
+    bias = inputs.bias if has_bias else None
+    rows = linear_logprob(
+        *inputs[:2], inputs.target, bias=bias, needs_entropy=True, **transform, **TRITON
+    )
+    results = [[*rows, *gradients(project(rows), inputs)]]
+    for x in (inputs, inputs.to(torch.float64)):
+        rows = dense_logprob(x.hidden, make_head(x, has_bias, **transform), x.target)
+        results.append([*rows, *gradients(project(rows), x)])
+    assert_budget(("logprob", "lse", "entropy", "hidden", "weight", "bias"), *results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "transform", "chunk"), CASES)
+def test_policy_loss(dtype, shape, transform, chunk, monkeypatch):
+    set_chunk_rows(monkeypatch, chunk)
+    has_bias = bool(transform)
+    inputs = make_inputs(*shape, dtype, Distribution.PEAKED if has_bias else Distribution.RANDOM)
+    exact = inputs.to(torch.float64)
+    logprob = dense_logprob(inputs.hidden, make_head(inputs), inputs.target).logprob
+    teacher, _, weight = make_terms(logprob)
+    bias = inputs.bias if has_bias else None
+    call = {"advantage": teacher, "token_weight": weight, "bias": bias, **transform}
+    out = linear_policy_loss(*inputs[:2], inputs.target, **call, **TRITON)
+    results = [[out.logprob, *gradients(out.loss, inputs)]]
+    terms = PolicyTerms(None, teacher, None, weight, 0.2, 0.2, 10.0)
+    for x in (inputs, exact):
+        head = make_head(x, has_bias, **transform)
+        dense = dense_policy_loss(x.hidden, head, x.target, terms)
+        results.append([dense.logprob * (weight != 0), *gradients(dense.loss, x)])
+    assert_budget(("logprob", "hidden", "weight", "bias"), *results)
+
+
+@pytest.mark.parametrize("has_old", [False, True])
+@pytest.mark.parametrize("has_teacher", [False, True])
+def test_policy_terms_equal_the_reference(has_old, has_teacher):
+    inputs = make_inputs(130, 90, 20, torch.float32)
+    row = linear_logprob(*inputs[:2], inputs.target, backend=Backend.REFERENCE)
+    terms = make_terms(row.logprob)
+    signal = "teacher_logprob" if has_teacher else "advantage"
+    call = {signal: terms.teacher_logprob, "token_weight": terms.token_weight}
+    call |= {"clip_low": 0.1, "clip_high": 0.3, "advantage_clamp": 0.8}
+    if has_old:
+        call["old_logprob"] = terms.old_logprob
+    actual, expected = (
+        linear_policy_loss(*inputs[:2], inputs.target, **call, backend=backend)
+        for backend in (Backend.TRITON, Backend.REFERENCE)
+    )
+    assert expected.is_clipped.any() == has_old
+    for name, one, other in zip(actual._fields, actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=name)
+    for one, other in zip(*(gradients(x.loss, inputs) for x in (actual, expected)), strict=True):
+        if other is not None:
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_tiles_of_minus_inf():
+    """The first slabs hold nothing but -inf: a running maximum must survive that."""
+    inputs = make_inputs(5, 1100, 16, torch.float32)
+    bias = torch.zeros(1100)
+    bias[:700] = -torch.inf
+    target = torch.tensor([0, 700, 900, 1099, -100])
+    rows = linear_logprob(*inputs[:2], target, bias=bias, needs_entropy=True, **TRITON)
+    expected = linear_logprob(*inputs[:2], target, bias=bias, needs_entropy=True)
+    assert rows.logprob[0] == -torch.inf
+    for one, other in zip(rows, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    total = rows.logprob[1:].sum() + rows.entropy.sum()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(total, inputs[:2]))
+
+
+def test_ignored_rows_are_not_read_and_keep_zero():
+    inputs = make_inputs(40, 90, 20, torch.float32)
+    dead = inputs.target == -100
+    hidden = inputs.hidden.detach().masked_fill(dead[:, None], torch.nan).requires_grad_()
+    out = linear_policy_loss(
+        hidden, inputs.weight, inputs.target, advantage=torch.ones(40), **TRITON
+    )
+    grads = torch.autograd.grad(out.loss, (hidden, inputs.weight))
+    assert all(x.isfinite().all() for x in (out.loss, *grads))
+    assert all((field[dead] == 0).all() for field in (*out[1:], grads[0]))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_no_live_rows(rows):
+    hidden, weight = torch.randn(rows, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    target = torch.full((rows,), -100)
+    out = linear_policy_loss(hidden, weight, target, advantage=torch.ones(rows), **TRITON)
+    grads = torch.autograd.grad(out.loss, (hidden, weight))
+    assert all((x == 0).all() for x in (out.loss, *grads))
+
+
+def test_strided_weight_and_repeat_bitwise():
+    inputs = make_inputs(40, 90, 20, torch.bfloat16)
+    wide = torch.randn(90, 33).bfloat16()
+    wide[:, :20] = inputs.weight.detach()
+    column_major = inputs.weight.detach().t().contiguous().t()
+
+    def run(weight):
+        weight = weight.detach().requires_grad_()
+        out = linear_policy_loss(
+            inputs.hidden, weight, inputs.target, advantage=torch.ones(40), **TRITON
+        )
+        return [out.loss, out.logprob, *torch.autograd.grad(out.loss, (inputs.hidden, weight))]
+
+    expected = run(inputs.weight)
+    for weight in (inputs.weight, wide[:, :20], column_major):
+        assert all(torch.equal(a, b) for a, b in zip(run(weight), expected, strict=True))
+
+
+def test_target_out_of_range_raises_on_the_cpu():
+    inputs = make_inputs(3, 9, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"target must lie in \[0, 9\)"):
+        linear_logprob(*inputs[:2], torch.tensor([0, 9, -100]), **TRITON)

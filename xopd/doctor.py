@@ -1,0 +1,114 @@
+"""``xopd doctor``: what this machine can run, why not the rest, and whether a model will fit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from xopd_kernels.backend import Backend, unavailable_reason
+from xopd_kernels.linear_logprob.reference import CHUNK_BYTES
+
+PACKAGES = (
+    *("torch", "triton", "transformers", "datasets", "numpy", "safetensors", "soundfile", "soxr"),
+    *("espeakng-loader", "rich", "matplotlib", "tensorboard"),
+)
+GIB = 1 << 30
+
+
+def versions() -> list[tuple[str, str]]:
+    """Python, platform and the version of each package xopd uses, or "not installed"."""
+    found = [("python", platform.python_version()), ("platform", platform.platform())]
+    for name in PACKAGES:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append((name, "not installed"))
+    found.append(("c++ compiler", shutil.which("g++") or shutil.which("clang++") or "not found"))
+    return found
+
+
+def devices() -> list[tuple[str, torch.device]]:
+    """The CPU, and each CUDA device with its name and memory."""
+    found = [(f"CPU, {torch.get_num_threads()} threads", torch.device("cpu"))]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / GIB
+        found.append((f"{properties.name}, {memory:.0f} GiB", torch.device("cuda", index)))
+    return found
+
+
+def backends() -> list[tuple[str, str, str]]:
+    """(device, backend, "available" or the reason why it is not), for bf16 inputs."""
+    return [
+        (name, kind.name, unavailable_reason(kind, device, torch.bfloat16) or "available")
+        for name, device in devices()
+        for kind in Backend
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadMemory:
+    """Bytes that the loss of one forward and backward pass needs beyond hidden and weight."""
+
+    naive_logit_bytes: int  # eager: bf16 logits and their gradient, fp32 copy, fp32 log-softmax
+    chunk_bytes: int  # ours: one row chunk of fp32 logits
+    weight_gradient_bytes: int  # ours and eager alike: fp32 accumulator of d_weight
+
+    @property
+    def ratio(self) -> float:
+        """How many times less ours needs, without the gradient that both hold."""
+        return self.naive_logit_bytes / self.chunk_bytes
+
+
+def head_memory(
+    tokens: int, hidden: int, vocabulary: int, *, chunk_bytes: int
+) -> HeadMemory:
+    """Arithmetic, not a measurement, for N tokens, hidden size D and V classes, bf16 inputs.
+
+    Eager torch holds per logit: 2 bytes (bf16 logit), 4 (fp32 copy), 4 (log-softmax kept for
+    backward), 4 (its gradient) and 2 (bf16 gradient).
+    """
+    logits = tokens * vocabulary
+    return HeadMemory(
+        naive_logit_bytes=logits * (2 + 4 + 4 + 4 + 2),
+        chunk_bytes=min(chunk_bytes, logits * 4),
+        weight_gradient_bytes=vocabulary * hidden * 4,
+    )
+
+
+def model_memory(parameters: int) -> int:
+    """Bytes of mixed-precision AdamW training: fp32 weights, gradients and two moments."""
+    return parameters * (4 + 4 + 4 + 4)
+
+
+def print_doctor(tokens: int, hidden: int, vocabulary: int, parameters: int | None) -> None:
+    """The three tables of ``xopd doctor``."""
+    console = Console()
+    console.print(_table("versions", ("package", "version"), versions()))
+    console.print(_table("kernels", ("device", "backend", "status"), backends()))
+    memory = head_memory(tokens, hidden, vocabulary, chunk_bytes=CHUNK_BYTES)
+    rows = [
+        ("eager logits, forward + backward", f"{memory.naive_logit_bytes / GIB:.2f} GiB"),
+        ("xopd_kernels row chunk (reference)", f"{memory.chunk_bytes / GIB:.3f} GiB"),
+        ("fp32 d_weight, either way", f"{memory.weight_gradient_bytes / GIB:.2f} GiB"),
+    ]
+    if parameters is not None:
+        rows.append(("weights, gradients, AdamW", f"{model_memory(parameters) / GIB:.2f} GiB"))
+    title = f"memory estimate: N={tokens}, D={hidden}, V={vocabulary}"
+    console.print(_table(title, ("what", "size"), rows))
+
+
+def _table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(*row)
+    return table

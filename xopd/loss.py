@@ -1,0 +1,114 @@
+"""The X-OPD loss of one micro-batch: weights here, everything of size V in the kernels.
+
+    L = lambda * L_text + (1 - lambda) * L_speech                                   (paper, eq. 5)
+    L_m = -1/n_m sum_i 1/|y_i| sum_t min(r_t A_t, clip(r_t, 1-eps_low, 1+eps_high) A_t)   (eq. 3, 4)
+
+n_m is the number of trajectories of modality m in the whole step, so the loss does not depend on
+how the step is cut into micro-batches. ``token_weight`` carries lambda, 1/n_m and 1/|y_i|.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xopd.config import LossConfig
+from xopd.head import fused_head
+from xopd.models import SpeechLM
+from xopd.scoring import embed, layout, positions
+from xopd.types import Modality, Rollout
+from xopd_kernels import PolicyLoss, linear_policy_loss
+from xopd_kernels.backend import BackendChoice
+
+
+@dataclass(frozen=True, slots=True)
+class StepSize:
+    """What a whole step holds of one modality; the normaliser of its loss."""
+
+    rollouts: int
+    tokens: int
+
+
+def step_sizes(rows: Sequence[Rollout]) -> dict[Modality, StepSize]:
+    """Trajectories and tokens of each modality over all rows of a step."""
+    return {
+        modality: StepSize(
+            rollouts=sum(r.modality is modality for r in rows),
+            tokens=sum(len(r.response_ids) for r in rows if r.modality is modality),
+        )
+        for modality in Modality
+    }
+
+
+def token_weight(
+    row: Rollout, sizes: Mapping[Modality, StepSize], loss: LossConfig
+) -> Tensor:  # [n] fp32
+    """The weight of each token of one trajectory in the step's loss."""
+    share = loss.text_weight if row.modality is Modality.TEXT else 1.0 - loss.text_weight
+    size, length = sizes[row.modality], len(row.response_ids)
+    each = share / (size.rollouts * length) if loss.sequence_mean else share / size.tokens
+    return torch.full((length,), each)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Per-token results of one trajectory, for metrics and reports; detached, on the CPU."""
+
+    rollout: Rollout
+    logprob: Tensor  # [n] fp32
+    advantage: Tensor  # [n] fp32, as used by the loss (clamped, centred if asked)
+    is_clipped: Tensor  # [n] bool
+
+
+def policy_loss(
+    student: SpeechLM,
+    rows: Sequence[Rollout],
+    sizes: Mapping[Modality, StepSize],
+    config: LossConfig,
+    *,
+    temperature: float,
+    backend: BackendChoice,
+) -> tuple[Tensor, list[TokenStats]]:
+    """Loss (scalar fp32 with gradient) and token statistics of a micro-batch of scored rollouts.
+
+    The student's hidden states go into ``linear_policy_loss`` inside ``lm_head.forward``.
+    """
+    batch = layout(rows, as_teacher=False, pad_id=int(student.tokenizer.pad_token_id))
+    teacher = [r.teacher_logprob for r in rows if r.teacher_logprob is not None]
+    old = [r.old_logprob for r in rows if r.old_logprob is not None]
+    if len(teacher) != len(rows):
+        raise ValueError("every rollout needs teacher_logprob before the loss.")
+    if old and len(old) != len(rows):
+        raise ValueError("old_logprob must be set on all rollouts of a batch or on none.")
+    weight_of_token = batch.scatter([token_weight(r, sizes, config) for r in rows])
+
+    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> PolicyLoss:
+        return linear_policy_loss(
+            hidden,
+            weight,
+            batch.target,
+            teacher_logprob=batch.scatter(teacher),
+            old_logprob=batch.scatter(old) if old else None,
+            token_weight=weight_of_token,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            advantage_clamp=config.advantage_clamp,
+            bias=bias,
+            temperature=temperature,
+            backend=backend,
+        )
+
+    with fused_head(student.lm_head, op):
+        result: PolicyLoss = student.model(
+            inputs_embeds=embed(student, batch), position_ids=positions(batch), use_cache=False
+        ).logits
+    fields = (result.logprob, result.advantage, result.is_clipped)
+    columns = [batch.gather(field.detach().cpu()) for field in fields]
+    stats = [
+        TokenStats(row, logprob, advantage, clipped)
+        for row, logprob, advantage, clipped in zip(rows, *columns, strict=True)
+    ]
+    return result.loss, stats

@@ -1,0 +1,1 @@
+"""Recipes: complete, seeded ways to make something from nothing."""

@@ -1,0 +1,238 @@
+"""A run: its folder, its models and data, and everything it writes besides checkpoints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from xopd.config import (
+    BackendChoice,
+    Config,
+    Dtype,
+    ModelConfig,
+    config_to_dict,
+    dump_config,
+    load_config,
+)
+from xopd.data.corpus import available_splits, load_corpus
+from xopd.data.world import is_correct
+from xopd.errors import UserError
+from xopd.evaluate import EvaluationSet, build_evaluation_set, evaluate_student
+from xopd.guards import check_audio_dependence, check_pair, check_prompts
+from xopd.loss import TokenStats
+from xopd.metrics import MetricsLog, TrainProgress, read_jsonl
+from xopd.models import SpeechLM, TextLM, load_student, load_teacher
+from xopd.prompts import encode_prompts
+from xopd.types import Modality, Prompt
+from xopd_kernels import Backend
+
+_log = logging.getLogger(__name__)
+
+HELD_OUT_VOICE_SPLIT = "test_heldout_voice"
+SAMPLED_PROMPTS = 4
+SAMPLES = "samples.jsonl"
+
+
+class RunError(UserError):
+    """A run folder that cannot be used as asked."""
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a file so that a reader or a crash sees the old text or the new one, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Models, encoded prompts and the folder of one training run."""
+
+    config: Config
+    directory: Path
+    student: SpeechLM
+    teacher: TextLM
+    prompts: list[Prompt]
+    evaluation: EvaluationSet
+
+    def modalities(self) -> list[Modality]:
+        """The halves of the objective that have weight; lambda 0 or 1 drops one."""
+        weight = self.config.loss.text_weight
+        shares = ((Modality.TEXT, weight), (Modality.SPEECH, 1.0 - weight))
+        return [modality for modality, share in shares if share > 0]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bf16 mixed precision for the student (fp32 master weights), or nothing."""
+        if self.config.model.dtype is Dtype.FP32:
+            return nullcontext()
+        device = next(self.student.model.parameters()).device.type
+        return torch.autocast(device, dtype=torch.bfloat16)
+
+    def sample_steps(self) -> set[int]:
+        """Steps whose rollouts are kept for people to read: first, middle, last."""
+        steps = self.config.train.steps
+        return {0, steps // 2, steps - 1}
+
+    def log(self, step: int) -> MetricsLog:
+        return MetricsLog(self.directory, step, tensorboard=self.config.train.tensorboard)
+
+    def progress(self, step: int) -> TrainProgress:
+        return TrainProgress(self.config.train.steps, step)
+
+    def evaluate(self, name: str, *, step: int, skip_if_done: bool) -> None:
+        """Evaluate the student as it is now into ``eval/<name>.json``."""
+        path = self.directory / "eval" / f"{name}.json"
+        if skip_if_done and path.exists():
+            return
+        record = evaluate_student(
+            self.student,
+            self.evaluation,
+            step=step,
+            max_new_tokens=self.config.rollout.max_new_tokens,
+        )
+        atomic_text(path, json.dumps(record, indent=1))
+
+    def save_student(self) -> None:
+        """The student as a loadable folder: safetensors, config, tokenizer, feature extractor."""
+        save_speech_lm(self.student, self.directory / "student")
+
+
+def save_speech_lm(student: SpeechLM, folder: Path) -> None:
+    """Write a speech LLM so that ``load_student`` reads it back."""
+    student.model.save_pretrained(folder)
+    student.tokenizer.save_pretrained(folder)
+    student.feature_extractor.save_pretrained(folder)
+
+
+def prepare(config: Config) -> Run:
+    """Check everything, then load and encode: models, pair, prompts, audio, evaluation set."""
+    torch.set_num_threads(config.train.threads)
+    directory = Path(config.train.out_dir)
+    claim_folder(directory, config)
+    teacher, student = load_pair(config.model)
+    student.freeze_all_but_language_model()
+    records = load_corpus(Path(config.data.path), config.data.train_split)
+    answer = student.tokenizer(records[0].solution, add_special_tokens=False).input_ids
+    change = check_audio_dependence(
+        student, records[0], response_ids=answer, backend=kernel_backend(config)
+    )
+    _log.info("audio dependence: log-probs move by up to %.2f nat", change)
+    prompts = encode_prompts(student, records)
+    check_prompts(student, prompts)
+    evaluation = load_evaluation_set(config, student, teacher)
+    return Run(config, directory, student, teacher, prompts, evaluation)
+
+
+def load_pair(model: ModelConfig) -> tuple[TextLM, SpeechLM]:
+    """Teacher and student of a config, checked against each other, on the device."""
+    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # The student keeps fp32 master weights and computes in bf16; the frozen teacher needs none.
+    dtype = torch.float32 if model.dtype is Dtype.FP32 else torch.bfloat16
+    teacher = load_teacher(model.teacher, dtype=dtype, device=device, **options)
+    student = load_student(model.student, device=device, **options)
+    return teacher, check_pair(student, teacher)
+
+
+def kernel_backend(config: Config) -> Backend | Literal["auto"]:
+    """The configured backend as the kernels take it."""
+    choice = config.train.backend
+    return "auto" if choice is BackendChoice.AUTO else Backend(choice.value)
+
+
+def load_evaluation_set(config: Config, student: SpeechLM, teacher: TextLM) -> EvaluationSet:
+    """The evaluation split, and the same families in voices that training never hears."""
+    folder, limit = Path(config.data.path), config.data.eval_limit
+    held_out = available_splits(folder)
+    return build_evaluation_set(
+        student,
+        teacher,
+        load_corpus(folder, config.data.eval_split)[:limit],
+        load_corpus(folder, HELD_OUT_VOICE_SPLIT)[:limit] if HELD_OUT_VOICE_SPLIT in held_out else [],
+        split=config.data.eval_split,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+
+
+def claim_folder(directory: Path, config: Config) -> None:
+    """Make the run folder this config's own; a folder of another config is refused.
+
+    The resolved config is what makes a resumed run the same run, so it must not change.
+    """
+    path = directory / "config.yaml"
+    if path.exists():
+        before, now = config_to_dict(load_config(path, [])), config_to_dict(config)
+        changed = [
+            f"{section}.{name}: {before[section][name]!r} -> {value!r}"
+            for section, values in now.items()
+            for name, value in values.items()
+            if before[section][name] != value
+        ]
+        if changed:
+            raise RunError(
+                f"{directory} holds a run with another config ({'; '.join(changed)}). "
+                "Set train.out_dir to a new folder, or undo the change to resume."
+            )
+        return
+    if directory.exists() and any(directory.iterdir()):
+        raise RunError(f"{directory} is not empty and holds no config.yaml; choose a new out_dir.")
+    atomic_text(path, dump_config(config))
+
+
+def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:
+    """Keep one rollout of the step's first prompts, in each modality, for the report."""
+    path = run.directory / SAMPLES
+    # A resumed run may repeat a step: what it wrote before is replaced.
+    kept = [s for s in read_jsonl(path) if s["step"] < step] if path.exists() else []
+    seen: set[tuple[str, Modality]] = set()
+    per_modality = dict.fromkeys(Modality, 0)
+    for item in stats:
+        key = (item.rollout.prompt.id, item.rollout.modality)
+        if key in seen or per_modality[key[1]] == SAMPLED_PROMPTS:
+            continue
+        seen.add(key)
+        per_modality[key[1]] += 1
+        kept.append({"step": step, **sample_record(run.student, item)})
+    atomic_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def sample_record(student: SpeechLM, item: TokenStats) -> dict[str, object]:
+    """One rollout with its tokens and per-token numbers, as ``samples.jsonl`` holds it."""
+    rollout, tokenizer = item.rollout, student.tokenizer
+    response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    teacher = rollout.teacher_logprob
+    return {
+        "prompt_id": rollout.prompt.id,
+        "modality": rollout.modality.value,
+        "task": rollout.prompt.task,
+        "prompt": rollout.prompt.text,
+        "token": [tokenizer.decode([i]) for i in rollout.response_ids],
+        "advantage": item.advantage.tolist(),
+        "logprob": item.logprob.tolist(),
+        "teacher_logprob": [] if teacher is None else teacher.tolist(),
+        "reference": rollout.prompt.reference,
+        "response": response,
+        "is_correct": is_correct(rollout.prompt.task, response, rollout.prompt.reference),
+    }
+
+
+def evaluate_folder(config: Config) -> dict[str, object]:
+    """Evaluate a student folder without training: the record of ``eval/*.json``."""
+    torch.set_num_threads(config.train.threads)
+    teacher, student = load_pair(config.model)
+    data = load_evaluation_set(config, student, teacher)
+    return evaluate_student(
+        student, data, step=0, max_new_tokens=config.rollout.max_new_tokens
+    )

@@ -1,0 +1,112 @@
+"""One batch layout for every pass that scores sampled tokens: prompt + response, right-padded.
+
+With padding on the right a causal model needs no attention mask: no real token can see a padded
+one. ``target[b, t]`` is the token that position t predicts, and IGNORE everywhere else, so the
+kernels drop prompt and padding rows before the first GEMM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xopd.head import fused_head
+from xopd.models import SpeechLM, TextLM
+from xopd.types import Modality, Rollout
+from xopd_kernels import linear_logprob
+from xopd_kernels.backend import BackendChoice
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Rollouts laid out for one forward pass."""
+
+    ids: Tensor  # [B, T] int64, right-padded
+    target: Tensor  # [B, T] int64: token predicted at each position, IGNORE outside responses
+    rows: tuple[Rollout, ...]
+
+    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+        """Per-rollout values [n_i] -> [B, T] fp32 at the positions that predict them, else 0."""
+        out = torch.zeros(self.target.shape, dtype=torch.float32, device=self.target.device)
+        out[self.target != IGNORE] = torch.cat(list(values)).to(out)
+        return out
+
+    def gather(self, per_token: Tensor) -> list[Tensor]:
+        """[B, T] -> one [n_i] tensor per rollout; the inverse of ``scatter``."""
+        flat = per_token[self.target != IGNORE]
+        return list(flat.split([len(row.response_ids) for row in self.rows]))
+
+
+def layout(rows: Sequence[Rollout], *, as_teacher: bool, pad_id: int) -> TokenBatch:
+    """Lay rollouts out behind the student's prompt, or behind the text prompt for the teacher."""
+    prompts = [r.prompt.text_ids if as_teacher else r.prompt.ids(r.modality) for r in rows]
+    width = max(len(p) + len(r.response_ids) for p, r in zip(prompts, rows, strict=True))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    target = torch.full((len(rows), width), IGNORE, dtype=torch.long)
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        response = torch.tensor(row.response_ids)
+        ids[i, : len(prompt)] = torch.tensor(prompt)
+        ids[i, len(prompt) : len(prompt) + len(response)] = response
+        target[i, len(prompt) - 1 : len(prompt) - 1 + len(response)] = response
+    return TokenBatch(ids=ids, target=target, rows=tuple(rows))
+
+
+def positions(batch: TokenBatch) -> Tensor:
+    """Position ids [B, T]: 0, 1, 2, ... in every row.
+
+    Given explicitly because an Omni thinker otherwise reuses the rope offsets of its last generate.
+    """
+    rows, width = batch.ids.shape
+    return torch.arange(width, device=batch.ids.device).expand(rows, width)
+
+
+def embed(lm: SpeechLM | TextLM, batch: TokenBatch) -> Tensor:
+    """Input embeddings [B, T, D]; audio goes in for the student's speech rows."""
+    if isinstance(lm, TextLM):
+        return lm.embed(batch.ids)
+    speech = [row.prompt.audio for row in batch.rows if row.modality is Modality.SPEECH]
+    return lm.embed(batch.ids, speech)
+
+
+@torch.no_grad()
+def score(
+    lm: SpeechLM | TextLM,
+    rows: Sequence[Rollout],
+    *,
+    temperature: float,
+    micro_batch: int,
+    backend: BackendChoice,
+) -> list[Tensor]:
+    """Log-probabilities [n_i] fp32 of every sampled token, without gradient or logits.
+
+    A TextLM reads the text prompt whatever the rollout's modality: that is the cross-modal half
+    of X-OPD (paper, eq. 2).
+    """
+    as_teacher = isinstance(lm, TextLM)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].response_ids))
+    scored: dict[int, Tensor] = {}
+    for start in range(0, len(order), micro_batch):
+        picked = order[start : start + micro_batch]
+        batch = layout(
+            [rows[i] for i in picked],
+            as_teacher=as_teacher,
+            pad_id=int(lm.tokenizer.pad_token_id),
+        )
+
+        def op(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor = batch.target):
+            return linear_logprob(
+                hidden, weight, target, bias=bias, temperature=temperature, backend=backend
+            ).logprob
+
+        with fused_head(lm.model.get_output_embeddings(), op):
+            logprob = lm.model(
+                inputs_embeds=embed(lm, batch), position_ids=positions(batch), use_cache=False
+            ).logits
+        for i, values in zip(picked, batch.gather(logprob), strict=True):
+            scored[i] = values
+    return [scored[i] for i in range(len(rows))]

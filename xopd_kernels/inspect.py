@@ -1,0 +1,206 @@
+"""What the compiler makes of every kernel and tile: `python -m xopd_kernels.inspect`.
+
+Compiles ahead of time for sm_80, sm_90 and sm_100, with the tools inside the triton wheel (no
+GPU needed), and prints registers, spills, stack, shared memory, tensor-core instructions and
+global atomics. A kernel with a problem (see `problems`) is named, and the exit status is 1.
+"""
+
+import collections
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from xopd_kernels.linear_logprob import config
+from xopd_kernels.linear_logprob.config import Stage
+from xopd_kernels.tile.matmul import matmul_kernel
+from xopd_kernels.tile.softmax import gradient_kernel, logits_kernel, statistics_kernel
+from xopd_kernels.tile.token_loss import policy_kernel
+
+SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA programming guide
+_TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_TENSOR_CORE = {80: "HMMA", 90: "HGMMA", 100: "UTC"}  # prefixes of SASS opcodes
+_GLOBAL_ATOMICS = ("ATOM", "ATOMG", "RED", "REDG")  # ATOMS and REDUX touch no global memory
+_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile; `types` of its arguments in order, None for an argument of None."""
+
+    name: str
+    arch: int  # compute capability, 90 = 9.0
+    kernel: Any
+    types: tuple[str | None, ...]
+    constants: tuple[int | bool, ...]  # the constexpr arguments that follow
+    warps: int
+    stages: int
+    has_dot: bool  # on half-precision or TF32 operands: tensor cores must do it
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel needs."""
+
+    job: Job
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    global_atomics: int
+
+    def problems(self) -> list[str]:
+        """Why this kernel must not ship; empty if it may."""
+        limit = SHARED_LIMIT_BYTES[self.job.arch]
+        found = []
+        if self.shared_bytes > limit:
+            found.append(f"{self.shared_bytes} bytes of shared memory, limit {limit}")
+        if self.spill_bytes or self.stack_bytes:
+            found.append(f"spills {self.spill_bytes} bytes, stack {self.stack_bytes} bytes")
+        if self.job.has_dot and self.tensor_core_instructions == 0:
+            found.append("no tensor-core instruction")
+        if self.global_atomics:
+            found.append(f"{self.global_atomics} global atomics: not deterministic")
+        return found
+
+
+def jobs(arch: int) -> Iterator[Job]:
+    """Every kernel with every tile of the tables that `arch` selects."""
+    for dtype, name in _NAMES.items():
+        is_fast = dtype != torch.float32  # full fp32 products are not for tensor cores
+        p = f"*{name}"
+        tile = config.select(Stage.LOGITS, dtype, arch)
+        constants = (tile.rows, tile.columns, tile.inner, tile.slab_tiles, tile.group)
+        scalars = ("i32", "i32", "i32", "i32", "fp32")
+        # Bias and softcap are on: the variants without them need less.
+        score = (p, p, p, "*i64", "*i32", None, "*fp32", "*fp32", *scalars, "fp32")
+        logits = (p, p, p, "*i64", "*i32", "*fp32", "*fp32", "*fp32", *scalars, "fp32")
+        for label, types, has_moment in (("score", score, True), ("logits", logits, False)):
+            yield Job(
+                f"{label} {name}",
+                arch,
+                logits_kernel,
+                types,
+                (*constants, has_moment),
+                tile.warps,
+                tile.stages,
+                is_fast,
+            )
+        gradient = "*fp32" if dtype == torch.float16 else p  # as in GradientSum.add
+        for stage, c in ((Stage.D_HIDDEN, p), (Stage.D_WEIGHT, "*fp32")):
+            is_weight = stage is Stage.D_WEIGHT
+            tile = config.select(stage, dtype, arch)
+            yield Job(
+                f"{stage.value} {name}",
+                arch,
+                matmul_kernel,
+                (gradient, p, c, "*i32", *_matmul_scalars(is_weight)),
+                (is_weight, is_weight, tile.rows, tile.columns, tile.inner, tile.group),
+                tile.warps,
+                tile.stages,
+                is_fast,
+            )
+    yield from _row_jobs(arch)
+
+
+def _matmul_scalars(is_weight: bool) -> tuple[str, ...]:
+    """M, N, K, stride_am, stride_ak, stride_bk, stride_cm; "1" is a stride known to be 1."""
+    strides = ("1", "i32") if is_weight else ("i32", "1")
+    return ("i32", "i32", "i32", *strides, "i32", "i32")
+
+
+def _row_jobs(arch: int) -> Iterator[Job]:
+    """The kernels without a GEMM."""
+    f = "*fp32"
+    types: tuple[str | None, ...] = (f, f, "*i32", f, f, f, "i32", "i32")
+    block = (config.ROWS_PER_PROGRAM,)
+    yield Job("statistics", arch, statistics_kernel, types, block, 4, 3, False)
+    types = (f, f, "*i32", f, None, f, f, f, "i32", "i32", "i32", "fp32", "fp32", "fp32")
+    yield Job("policy", arch, policy_kernel, types, block, 4, 3, False)
+    types = (f, "*bf16", "*i64", "*i32", f, f, f, f, f, f, "i32", "i32", "fp32", "fp32")
+    block, warps = (config.GRADIENT_BLOCK_V,), config.GRADIENT_WARPS
+    yield Job("gradient", arch, gradient_kernel, types, block, warps, 1, False)
+
+
+def compile_job(job: Job) -> Resources:
+    """Compile one kernel and read its resources from the machine code."""
+    names = job.kernel.arg_names
+    values: list[Any] = [1 if t == "1" else t for t in job.types]
+    signature, constants, attributes = {}, {}, {}
+    for index, (name, value) in enumerate(zip(names, [*values, *job.constants], strict=True)):
+        is_constant = index >= len(job.types) or value is None or value == 1
+        signature[name] = "constexpr" if is_constant else value
+        if is_constant:
+            constants[name] = value
+        elif value != "fp32":
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(job.kernel, signature, constants, attributes)
+    options = {"num_warps": job.warps, "num_stages": job.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", job.arch, 32), options=options)
+    return _read(job, compiled)
+
+
+def _read(job: Job, compiled: Any) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = pathlib.Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", str(cubin))
+        sass = _run("nvdisasm", "-c", str(cubin))
+    fields = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
+    if not {"REG", "STACK", "LOCAL"} <= fields.keys():
+        raise RuntimeError(f"cuobjdump printed no resource usage for {job.name}: {usage[:500]}")
+    opcode = r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
+    counts = collections.Counter(re.findall(opcode, sass))
+    prefix = _TENSOR_CORE[job.arch]
+    # A spilled register is stored to local memory (STL) and loaded back (LDL), 4 bytes at least.
+    return Resources(
+        job,
+        registers=int(fields["REG"]),
+        spill_bytes=4 * (counts["STL"] + counts["LDL"]) + int(fields["LOCAL"]),
+        stack_bytes=int(fields["STACK"]),
+        shared_bytes=compiled.metadata.shared,
+        tensor_core_instructions=sum(
+            count for name, count in counts.items() if name.startswith(prefix)
+        ),
+        global_atomics=sum(counts[name] for name in _GLOBAL_ATOMICS),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    command = [str(_TOOLS / tool), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    """Print the table; 1 if a kernel has a problem, 2 if nothing can be compiled here."""
+    if triton.knobs.runtime.interpret:
+        print("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
+        return 2
+    print(f"triton {triton.__version__}")
+    header = ("sm", "kernel", "warps", "stages", "regs", "spill", "stack", "shared", "mma", "atom")
+    layout = "{:>4} {:<14}" + " {:>7}" * 8
+    print(layout.format(*header))
+    has_problem = False
+    for job in (job for arch in config.ARCHITECTURES for job in jobs(arch)):
+        r = compile_job(job)
+        numbers = (r.registers, r.spill_bytes, r.stack_bytes, r.shared_bytes)
+        counts = (r.tensor_core_instructions, r.global_atomics)
+        print(layout.format(job.arch, job.name, job.warps, job.stages, *numbers, *counts))
+        for problem in r.problems():
+            has_problem = True
+            print(f"     problem: {problem}")
+    return int(has_problem)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

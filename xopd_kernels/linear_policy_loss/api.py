@@ -1,0 +1,155 @@
+"""linear_policy_loss: the clipped policy-gradient loss of a linear head at the cost of 3 GEMMs."""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from xopd_kernels.backend import BackendChoice
+from xopd_kernels.linear_logprob.api import autocast_inputs, group_name
+from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op
+from xopd_kernels.records import Head, PolicyLoss, Wanted
+from xopd_kernels.validation import (
+    check_backend,
+    check_inputs,
+    check_per_token,
+    check_tensors,
+)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    teacher_logprob: Tensor | None = None,
+    advantage: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    advantage_clamp: float = 10.0,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    vocab_group: ProcessGroup | None = None,
+    gradient: Literal["exact"] = "exact",
+    backend: BackendChoice = "auto",
+) -> PolicyLoss:
+    """Clipped policy loss of sampled tokens; the gradients are computed in the forward pass.
+
+    ``loss = -sum_i token_weight_i * min(ratio_i * A_i, clip(ratio_i, 1-clip_low, 1+clip_high)
+    * A_i)`` with ``ratio = exp(logprob - old_logprob)`` and logprob as in `linear_logprob`
+    (PPO, arXiv:1707.06347, eq. 7). With `teacher_logprob` the advantage is
+    ``clamp(teacher_logprob - stopgrad(logprob), -advantage_clamp, advantage_clamp)``: on-policy
+    distillation by the single-sample reverse KL.
+
+    Args:
+        hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
+        weight: [V, D], dtype of hidden; with `vocab_group` this rank's shard of the rows.
+        target: [...] int64 sampled tokens, already shifted; `ignore_index` marks ignored ones.
+        teacher_logprob: [...] nat. Exactly one of this and `advantage`; both are constants.
+        advantage: [...] used as it is, without the clamp.
+        old_logprob: [...] nat, of the policy that sampled; None: this one, so ratio = 1.
+        token_weight: [...] carries mask, normaliser and loss scale; None: 1. A token of weight 0
+            is ignored as one of target `ignore_index` is.
+        clip_low, clip_high: >= 0; the ratio is clipped to [1 - clip_low, 1 + clip_high].
+        advantage_clamp: > 0, nat; math.inf for none.
+        bias, temperature, softcap, logit_scale, ignore_index, vocab_group, backend: as in
+            `linear_logprob`.
+        gradient: "exact" is the only one.
+
+    Returns:
+        PolicyLoss(loss [], logprob, lse, advantage, ratio [...], is_clipped [...] bool), fp32
+        (fp64 for fp64 inputs). Only `loss` has a gradient: to hidden, weight and bias. Ignored
+        tokens give 0 (False) in every field, and are taken out before the first GEMM.
+
+    Cost: 3U with gradients, 2U with a frozen weight or a frozen hidden, 1U without gradients
+    (U = 2 N V D). d_hidden and d_weight are held from forward to backward in the dtypes of their
+    tensors. Numerics: fp32 logits, fp32 accumulation of d_weight, bitwise repeatable.
+
+    Raises:
+        TypeError, ValueError: an input is wrong; nothing was computed. A target out of range
+            raises on the CPU; on a CUDA device it gives NaN, as reading it would stall.
+        BackendUnavailableError: an explicit backend cannot run here.
+        RuntimeError: the gradient is differentiated again.
+
+    Example:
+        >>> import torch
+        >>> from xopd_kernels import linear_policy_loss
+        >>> hidden, weight = torch.zeros(2, 4, requires_grad=True), torch.zeros(8, 4)
+        >>> teacher = torch.tensor([-1.0794, 0.0])
+        >>> out = linear_policy_loss(
+        ...     hidden, weight, torch.tensor([3, -100]), teacher_logprob=teacher
+        ... )
+        >>> out.advantage
+        tensor([1., 0.])
+        >>> out.loss.backward()
+    """
+    per_token = [
+        ("teacher_logprob", teacher_logprob),
+        ("advantage", advantage),
+        ("old_logprob", old_logprob),
+        ("token_weight", token_weight),
+    ]
+    inputs = [("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)]
+    check_tensors([*inputs, *per_token])
+    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
+    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(vocab_group))
+    check_inputs(hidden, head, target)
+    check_per_token(per_token, target)
+    if (teacher_logprob is None) == (advantage is None):
+        count = "neither" if advantage is None else "both"
+        raise ValueError(f"exactly one of teacher_logprob and advantage must be given, got {count}")
+    _check_scalars(clip_low, clip_high, advantage_clamp, gradient)
+    name = check_backend(backend)
+    shape = target.shape
+    teacher, given, old, weights = (None if x is None else x.reshape(-1) for _, x in per_token)
+    wanted = _wanted(hidden, weight, bias)
+    loss, *rows, _, _, _ = linear_policy_loss_op(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        target.reshape(-1),
+        teacher,
+        given,
+        old,
+        weights,
+        float(clip_low),
+        float(clip_high),
+        float(advantage_clamp),
+        float(temperature),
+        softcap,
+        float(logit_scale),
+        head.vocab_group,
+        ignore_index,
+        *wanted,
+        name,
+    )
+    return PolicyLoss(loss, *(row.detach().view(shape) for row in rows))
+
+
+def _wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
+    """The gradients that autograd will ask for."""
+    if not torch.is_grad_enabled():
+        return Wanted(False, False, False)
+    has_bias_gradient = bias is not None and bias.requires_grad
+    return Wanted(hidden.requires_grad, weight.requires_grad, has_bias_gradient)
+
+
+def _check_scalars(
+    clip_low: float, clip_high: float, advantage_clamp: float, gradient: str
+) -> None:
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if math.isnan(value) or value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    if math.isnan(advantage_clamp) or advantage_clamp <= 0:
+        raise ValueError(
+            f"advantage_clamp must be > 0, got {advantage_clamp}; use math.inf for no clamp"
+        )
+    if gradient != "exact":
+        raise ValueError(f'gradient must be "exact", got {gradient!r}')

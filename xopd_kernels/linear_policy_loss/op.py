@@ -1,0 +1,123 @@
+"""torch.library schemas of linear_policy_loss: forward with gradients, their scaling, autograd.
+
+The forward operator computes the gradients that will be read and hands them out as outputs; the
+backward operator multiplies them by the upstream gradient. Backends load when an operator runs.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.backend import Backend, resolve
+from xopd_kernels.linear_logprob.op import Triple, empty_gradients, raise_double_backward
+from xopd_kernels.linear_policy_loss import reference
+from xopd_kernels.records import Head, PolicyTerms, Wanted
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("xopd_kernels::linear_policy_loss", mutates_args=())
+def linear_policy_loss_op(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    teacher_logprob: Tensor | None,
+    advantage: Tensor | None,
+    old_logprob: Tensor | None,
+    token_weight: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    advantage_clamp: float,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_group: str,
+    ignore_index: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    backend: str,
+) -> Results:
+    """(loss, logprob, lse, advantage, ratio, is_clipped, d_hidden, d_weight, d_bias)."""
+    head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
+    terms = PolicyTerms(
+        teacher_logprob, advantage, old_logprob, token_weight, clip_low, clip_high, advantage_clamp
+    )
+    wanted = Wanted(wants_hidden, wants_weight, wants_bias)
+    chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
+    # Autocast is still on inside an operator and would round the fp32 operands of its GEMMs.
+    with torch.autocast(hidden.device.type, enabled=False):
+        if chosen is Backend.TRITON:
+            from xopd_kernels.linear_policy_loss.triton import forward
+
+            result, grad = forward(hidden, head, target, terms, ignore_index, wanted)
+        else:
+            result, grad = reference.forward(hidden, head, target, terms, ignore_index, wanted)
+    return (*result, *grad)
+
+
+@linear_policy_loss_op.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    teacher_logprob: Tensor | None,
+    advantage: Tensor | None,
+    old_logprob: Tensor | None,
+    token_weight: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    advantage_clamp: float,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    vocab_group: str,
+    ignore_index: int,
+    wants_hidden: bool,
+    wants_weight: bool,
+    wants_bias: bool,
+    backend: str,
+) -> Results:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    rows = hidden.shape[0]
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=dtype),
+        hidden.new_empty(rows, dtype=torch.bool),
+        *empty_gradients(hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias)),
+    )
+
+
+@torch.library.custom_op("xopd_kernels::linear_policy_loss_backward", mutates_args=())
+def linear_policy_loss_backward_op(
+    d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor
+) -> Triple:
+    """The gradients of the forward pass times the upstream gradient of the loss (a scalar)."""
+    return d_hidden * d_loss, d_weight * d_loss, d_bias * d_loss
+
+
+@linear_policy_loss_backward_op.register_fake
+def _(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor) -> Triple:
+    return torch.empty_like(d_hidden), torch.empty_like(d_weight), torch.empty_like(d_bias)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    ctx.save_for_backward(*output[6:])
+    ctx.input_count = len(inputs)
+
+
+def _backward(ctx: Any, d_loss: Tensor, *unread: Tensor) -> tuple[Any, ...]:
+    gradients = linear_policy_loss_backward_op(d_loss, *ctx.saved_tensors)
+    wanted = ctx.needs_input_grad[:3]
+    read = [grad if is_wanted else None for grad, is_wanted in zip(gradients, wanted, strict=True)]
+    return (*read, *[None] * (ctx.input_count - 3))
+
+
+linear_policy_loss_op.register_autograd(_backward, setup_context=_setup_context)
+linear_policy_loss_backward_op.register_autograd(raise_double_backward)

@@ -1,0 +1,114 @@
+"""The policy loss in eager torch: the oracle and Backend.REFERENCE at once.
+
+A row's loss depends on its own log-prob alone, so its gradient is known as soon as its logits
+are: each row chunk is computed once and its gradient written over its logits (3U; recomputing
+would cost 4U). Chunks, precision and determinism are those of linear_logprob.reference.
+"""
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.linear_logprob.reference import (
+    ChunkSoftmax,
+    ChunkStats,
+    GradientSum,
+    LiveRows,
+)
+from xopd_kernels.records import Head, HeadGradient, PolicyLoss, PolicyTerms, Wanted
+
+
+def forward(
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    terms: PolicyTerms,
+    ignore_index: int,
+    wanted: Wanted,
+) -> tuple[PolicyLoss, HeadGradient]:
+    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass."""
+    is_live = target != ignore_index
+    if terms.token_weight is not None:
+        is_live &= terms.token_weight != 0
+    live = LiveRows.of(is_live)
+    softmax = ChunkSoftmax.of(head, live.take(target), has_entropy=False)
+    rows_hidden = live.take(hidden)
+    gradient = GradientSum.of(rows_hidden, softmax, wanted)
+    terms = terms.map(lambda values: live.take(values).to(softmax.dtype))
+    rows = _Rows.empty(live.live, softmax.buffer)
+    for part in softmax.parts():
+        chunk_hidden = rows_hidden[part].to(softmax.dtype)
+        stats = softmax.forward(chunk_hidden, part)
+        token = token_loss(stats.logprob, terms.map(operator.itemgetter(part)))
+        rows.put(part, stats, token)
+        if any(wanted):
+            # d_logit = c * (1[y] - p); the buffer holds p * total. 1 - p = -expm1(log p).
+            c = token.coefficient
+            exponential = softmax.buffer[: len(chunk_hidden)]
+            d_logit = exponential.mul_((-c / stats.total)[:, None])
+            softmax.set_target_(d_logit, part, -c * stats.logprob.expm1())
+            gradient.add(part, chunk_hidden, d_logit)
+    loss = rows.loss.sum()
+    return PolicyLoss(loss, *(live.spread(x) for x in rows[1:])), gradient.result(hidden, live)
+
+
+class _Rows(NamedTuple):
+    """The per-token results of the live rows, filled chunk by chunk; field order of PolicyLoss."""
+
+    loss: Tensor
+    logprob: Tensor
+    lse: Tensor
+    advantage: Tensor
+    ratio: Tensor
+    is_clipped: Tensor
+
+    @classmethod
+    def empty(cls, count: int, like: Tensor) -> "_Rows":
+        values = [like.new_empty(count) for _ in range(5)]
+        return cls._make([*values, like.new_empty(count, dtype=torch.bool)])
+
+    def put(self, part: slice, stats: ChunkStats, token: "TokenLoss") -> None:
+        self.loss[part], self.logprob[part], self.lse[part] = token.loss, stats.logprob, stats.lse
+        self.advantage[part], self.ratio[part] = token.advantage, token.ratio
+        self.is_clipped[part] = token.is_clipped
+
+
+class TokenLoss(NamedTuple):
+    """Per-token values of the clipped surrogate, and its derivative."""
+
+    advantage: Tensor
+    ratio: Tensor
+    is_clipped: Tensor  # bool
+    loss: Tensor  # -token_weight * min(ratio * A, clip(ratio) * A)
+    coefficient: Tensor  # d loss / d logprob
+
+
+def token_loss(logprob: Tensor, terms: PolicyTerms) -> TokenLoss:
+    """The clipped surrogate of PPO (arXiv:1707.06347, eq. 7) for each token, and its derivative.
+
+    The advantage is a constant: with teacher_logprob it is clamp(teacher - stopgrad(logprob)),
+    the single-sample estimate of the negative reverse KL gradient.
+    """
+    if terms.teacher_logprob is not None:
+        bound = terms.advantage_clamp
+        advantage = (terms.teacher_logprob - logprob).clamp(-bound, bound)
+    elif terms.advantage is not None:
+        advantage = terms.advantage
+    else:
+        raise ValueError("one of teacher_logprob and advantage must be given, got neither")
+    if terms.old_logprob is None:
+        ratio = torch.ones_like(logprob)
+    else:
+        ratio = (logprob - terms.old_logprob).exp()
+    low, high = 1.0 - terms.clip_low, 1.0 + terms.clip_high
+    is_clipped = ((advantage > 0) & (ratio > high)) | ((advantage < 0) & (ratio < low))
+    # An advantage of 0 has no loss, whatever the ratio: 0 * inf would be NaN.
+    product = torch.where(advantage == 0, 0.0, ratio * advantage)
+    surrogate = torch.where(is_clipped, ratio.clamp(low, high) * advantage, product)
+    derivative = torch.where(is_clipped, 0.0, product)
+    if terms.token_weight is not None:
+        surrogate = surrogate * terms.token_weight
+        derivative = derivative * terms.token_weight
+    return TokenLoss(advantage, ratio, is_clipped, -surrogate, -derivative)

@@ -1,0 +1,104 @@
+"""The values that pass between the API, the operator schemas and the backends."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Head(NamedTuple):
+    """A linear head and the transform that turns its output into logits.
+
+    ``z = softcap(logit_scale * (hidden @ weight.T + bias)) / temperature`` with
+    ``softcap(x) = c * tanh(x / c)``; the order is that of TRL and Liger.
+    """
+
+    weight: Tensor  # [V, D]; with vocab_group: this rank's contiguous shard of the rows
+    bias: Tensor | None  # [V]
+    temperature: float  # > 0
+    softcap: float | None  # > 0
+    logit_scale: float  # finite
+    vocab_group: str  # name of the process group that shards the vocabulary; "" = not sharded
+
+    @property
+    def slope(self) -> float:
+        """d(logit)/d(linear output) where the softcap is flat or absent."""
+        return self.logit_scale / self.temperature
+
+    @property
+    def scale_and_cap(self) -> tuple[float, float | None]:
+        """(a, c): the logit is a * x, or c * tanh(a * x) if c is not None."""
+        if self.softcap is None:
+            return self.slope, None
+        return self.logit_scale / self.softcap, self.softcap / self.temperature
+
+    def problem(self) -> str | None:
+        """What is wrong with the scalars, as a sentence; None if nothing is."""
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            return f"temperature must be finite and > 0, got {self.temperature}"
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            return f"softcap must be None or finite and > 0, got {self.softcap}"
+        if not math.isfinite(self.logit_scale):
+            return f"logit_scale must be finite, got {self.logit_scale}"
+        return None
+
+
+class LinearLogprob(NamedTuple):
+    """Per-token statistics of softmax(logits); fp32 (fp64 for fp64 inputs), 0 where ignored."""
+
+    logprob: Tensor  # [...] log-probability of the target, nat
+    lse: Tensor  # [...] log-sum-exp of the transformed logits
+    entropy: Tensor  # [...] nat; [0] unless needs_entropy
+
+
+class PolicyLoss(NamedTuple):
+    """The clipped policy loss and the per-token values it is made of; 0 where ignored."""
+
+    loss: Tensor  # [] fp32 (fp64 for fp64 inputs); the only differentiable field
+    logprob: Tensor  # [...] log-probability of the target, nat
+    lse: Tensor  # [...] log-sum-exp of the transformed logits
+    advantage: Tensor  # [...] as used: given, or clamp(teacher_logprob - logprob)
+    ratio: Tensor  # [...] exp(logprob - old_logprob); 1 without old_logprob
+    is_clipped: Tensor  # [...] bool: the clipped branch is strictly smaller, no gradient
+
+
+class PolicyTerms(NamedTuple):
+    """The per-token inputs [N] and the scalars of the policy loss."""
+
+    teacher_logprob: Tensor | None  # exactly one of these two is given
+    advantage: Tensor | None
+    old_logprob: Tensor | None
+    token_weight: Tensor | None
+    clip_low: float
+    clip_high: float
+    advantage_clamp: float
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "PolicyTerms":
+        """The same terms with `change` applied to every tensor that is given."""
+
+        def changed(value: Tensor | None) -> Tensor | None:
+            return None if value is None else change(value)
+
+        return self._replace(
+            teacher_logprob=changed(self.teacher_logprob),
+            advantage=changed(self.advantage),
+            old_logprob=changed(self.old_logprob),
+            token_weight=changed(self.token_weight),
+        )
+
+
+class Wanted(NamedTuple):
+    """Which gradients somebody reads; the others cost nothing."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class HeadGradient(NamedTuple):
+    """Gradients in the dtypes of their tensors; a [0] tensor where not wanted."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor  # [V]

@@ -1,0 +1,1 @@
+"""Triton building blocks, one home for each idea. Import them only where Triton is used."""

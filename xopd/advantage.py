@@ -39,6 +39,4 @@ def centred(rollout: Rollout, baseline: Baseline) -> Rollout:
     """The rollout with its teacher log-probs shifted so that the advantage becomes A - b."""
     if rollout.teacher_logprob is None:
         raise ValueError("rollout has no teacher_logprob; score it with the teacher first.")
-    return replace(
-        rollout, teacher_logprob=rollout.teacher_logprob - baseline.of(rollout.modality)
-    )
+    return replace(rollout, teacher_logprob=rollout.teacher_logprob - baseline.of(rollout.modality))

@@ -12,17 +12,17 @@ import hashlib
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from xopd.errors import UserError
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -35,7 +35,7 @@ _REPLACED = ".replaced_"
 _log = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(UserError):
     """A checkpoint that cannot be written, is missing or is damaged; the message says which."""
 
 
@@ -165,28 +165,6 @@ def unpack_optimizer(packed: Packed) -> dict[str, Any]:
         entries[kind][int(index)][name] = tensor
     groups = [entries["group"][index] for index in sorted(entries["group"])]
     return {"state": entries["state"], "param_groups": groups}
-
-
-def pack_rng() -> Packed:
-    """The states of the global generators: torch on the CPU, on each CUDA device, and `random`."""
-    version, words, gauss = random.getstate()
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states = torch.cuda.get_rng_state_all()
-        tensors |= {f"cuda_{index}": state for index, state in enumerate(states)}
-    return Packed(tensors, {"version": version, "words": list(words), "gauss": gauss})
-
-
-def restore_rng(packed: Packed) -> None:
-    """Sets the global generators to what pack_rng saw; logs a line if the CUDA devices differ."""
-    random.setstate((packed.state["version"], tuple(packed.state["words"]), packed.state["gauss"]))
-    torch.set_rng_state(packed.tensors["cpu"])
-    saved = len(packed.tensors) - 1
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if saved != devices:
-        _log.warning("CUDA devices: %d saved, %d here; sampling will differ", saved, devices)
-    for index in range(min(saved, devices)):
-        torch.cuda.set_rng_state(packed.tensors[f"cuda_{index}"], index)
 
 
 def _state_text(state: Mapping[str, object]) -> str:

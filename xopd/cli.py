@@ -20,7 +20,7 @@ from xopd.config import (
     load_config,
 )
 from xopd.errors import UserError
-from xopd_kernels import __version__
+from xopd_kernels import BackendUnavailableError, __version__
 
 EPILOG = """\
 examples:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return int(args.run(args))
-    except UserError as error:
+    except (UserError, BackendUnavailableError) as error:
         print(f"xopd: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -81,7 +81,10 @@ def _add_demo(commands: Parsers[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="folder of the demo (default: runs/demo)"
+        "--out",
+        type=Path,
+        default=Path("runs/demo"),
+        help="folder (default: %(default)s)",
     )
     parser.add_argument(
         "--from-scratch",
@@ -128,9 +131,7 @@ def _add_config(commands: Parsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_train(commands: Parsers[argparse.ArgumentParser]) -> None:
-    fields = "\n".join(
-        f"  {doc.name} ({doc.takes})\n      {doc.doc}" for doc in field_docs()
-    )
+    fields = "\n".join(f"  {doc.name} ({doc.takes})\n      {doc.doc}" for doc in field_docs())
     parser = commands.add_parser(
         "train",
         help="train from a config; the same command resumes",
@@ -171,7 +172,8 @@ def _add_eval(commands: Parsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
 
     def run(args: argparse.Namespace) -> int:
-        from xopd.run import atomic_text, evaluate_folder
+        from xopd.files import write_atomically
+        from xopd.run import evaluate_folder
 
         config = Config(
             model=ModelConfig(student=args.student, teacher=args.teacher),
@@ -180,7 +182,7 @@ def _add_eval(commands: Parsers[argparse.ArgumentParser]) -> None:
         )
         text = json.dumps(evaluate_folder(config), indent=1) + "\n"
         if args.out is not None:
-            atomic_text(args.out, text)
+            write_atomically(args.out, text.encode())
         print(text, end="")
         return 0
 
@@ -204,18 +206,25 @@ def _add_doctor(commands: Parsers[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "doctor",
         help="versions, backends and why each is or is not available, memory estimate",
-        description="What this machine can run. The memory estimate is arithmetic for one loss "
-        "call of N tokens, hidden size D and vocabulary V; give --parameters to add the model.",
+        description="What this machine can run, and arithmetic (no measurement) for the memory of "
+        "one loss call of N tokens and of training the model.",
+    )
+    parser.add_argument(
+        "--model", help="folder or hub id: takes D, V and the parameters from its config"
     )
     parser.add_argument("--tokens", type=int, default=8192, metavar="N", help="default: 8192")
     parser.add_argument("--hidden", type=int, default=2048, metavar="D", help="default: 2048")
-    parser.add_argument("--vocabulary", type=int, default=152064, metavar="V", help="default: 152064")
-    parser.add_argument("--parameters", type=int, help="trained parameters of the whole model")
+    parser.add_argument(
+        "--vocabulary", type=int, default=152064, metavar="V", help="default: 152064"
+    )
 
     def run(args: argparse.Namespace) -> int:
-        from xopd.doctor import print_doctor
+        from xopd.doctor import HeadShape, print_doctor, shape_of_model
 
-        print_doctor(args.tokens, args.hidden, args.vocabulary, args.parameters)
+        shape = HeadShape(args.hidden, args.vocabulary, parameters=None)
+        if args.model is not None:
+            shape = shape_of_model(args.model)
+        print_doctor(args.tokens, shape)
         return 0
 
     parser.set_defaults(run=run)

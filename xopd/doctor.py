@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from xopd.errors import UserError
 from xopd_kernels.backend import Backend, unavailable_reason
 from xopd_kernels.linear_logprob.reference import CHUNK_BYTES
 
@@ -67,9 +68,7 @@ class HeadMemory:
         return self.naive_logit_bytes / self.chunk_bytes
 
 
-def head_memory(
-    tokens: int, hidden: int, vocabulary: int, *, chunk_bytes: int
-) -> HeadMemory:
+def head_memory(tokens: int, hidden: int, vocabulary: int, *, chunk_bytes: int) -> HeadMemory:
     """Arithmetic, not a measurement, for N tokens, hidden size D and V classes, bf16 inputs.
 
     Eager torch holds per logit: 2 bytes (bf16 logit), 4 (fp32 copy), 4 (log-softmax kept for
@@ -88,20 +87,46 @@ def model_memory(parameters: int) -> int:
     return parameters * (4 + 4 + 4 + 4)
 
 
-def print_doctor(tokens: int, hidden: int, vocabulary: int, parameters: int | None) -> None:
+@dataclass(frozen=True, slots=True)
+class HeadShape:
+    """The sizes that memory depends on."""
+
+    hidden: int  # D
+    vocabulary: int  # V, rows of lm_head
+    parameters: int | None  # of the whole model; None: unknown
+
+
+def shape_of_model(path: str) -> HeadShape:
+    """Sizes from a model's config alone; no weight is read and nothing of size is allocated."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model {path!r}: no readable config.json ({error})") from error
+    text = config.get_text_config()
+    known = AutoModelForMultimodalLM._model_mapping
+    auto = AutoModelForMultimodalLM if type(config) in known else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    return HeadShape(text.hidden_size, text.vocab_size, sum(p.numel() for p in model.parameters()))
+
+
+def print_doctor(tokens: int, shape: HeadShape) -> None:
     """The three tables of ``xopd doctor``."""
     console = Console()
     console.print(_table("versions", ("package", "version"), versions()))
     console.print(_table("kernels", ("device", "backend", "status"), backends()))
-    memory = head_memory(tokens, hidden, vocabulary, chunk_bytes=CHUNK_BYTES)
+    memory = head_memory(tokens, shape.hidden, shape.vocabulary, chunk_bytes=CHUNK_BYTES)
     rows = [
         ("eager logits, forward + backward", f"{memory.naive_logit_bytes / GIB:.2f} GiB"),
         ("xopd_kernels row chunk (reference)", f"{memory.chunk_bytes / GIB:.3f} GiB"),
         ("fp32 d_weight, either way", f"{memory.weight_gradient_bytes / GIB:.2f} GiB"),
     ]
-    if parameters is not None:
-        rows.append(("weights, gradients, AdamW", f"{model_memory(parameters) / GIB:.2f} GiB"))
-    title = f"memory estimate: N={tokens}, D={hidden}, V={vocabulary}"
+    if shape.parameters is not None:
+        size = model_memory(shape.parameters) / GIB
+        rows.append((f"AdamW training, {shape.parameters:,} parameters", f"{size:.2f} GiB"))
+    title = f"memory estimate: N={tokens}, D={shape.hidden}, V={shape.vocabulary}"
     console.print(_table(title, ("what", "size"), rows))
 
 

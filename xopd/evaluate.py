@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from transformers import PreTrainedTokenizerBase
+
 from xopd.data.corpus import SpokenPrompt
 from xopd.data.world import PROBES, Probe, answer_of, is_correct
 from xopd.models import SpeechLM, TextLM
@@ -65,13 +67,18 @@ def answer_accuracy(
             temperature=0.0,
         )
         for prompt, response in zip(batch, responses, strict=True):
-            words = lm.tokenizer.decode(response, skip_special_tokens=True)
+            words = decoded(lm.tokenizer, response)
             correct.setdefault(prompt.task, []).append(
                 is_correct(prompt.task, words, prompt.reference)
             )
     every = [mark for marks in correct.values() for mark in marks]
     by_task = {task: _percent(marks) for task, marks in sorted(correct.items())}
     return Accuracy(accuracy=_percent(every), by_task=by_task)
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, response: Sequence[int]) -> str:
+    """The words of a response, without special tokens."""
+    return str(tokenizer.decode(list(response), skip_special_tokens=True))
 
 
 def _percent(marks: Sequence[bool]) -> float:
@@ -89,13 +96,9 @@ class EvaluationSet:
     teacher_text: Accuracy  # the text base of the average drop
 
 
-def probe_prompt(
-    student: SpeechLM, prompt: Prompt, record: SpokenPrompt, probe: Probe
-) -> Prompt:
+def probe_prompt(student: SpeechLM, prompt: Prompt, record: SpokenPrompt, probe: Probe) -> Prompt:
     """The same clip followed by the probe's written question; no text form exists for it."""
-    ids = speech_prompt(
-        student.tokenizer, student.audio_id, prompt.audio.shape[0], probe.question
-    )
+    ids = speech_prompt(student.tokenizer, student.audio_id, prompt.audio.shape[0], probe.question)
     reference = answer_of(probe, record)
     return replace(prompt, task=probe.name, text_ids=(), speech_ids=ids, reference=reference)
 
@@ -111,7 +114,7 @@ def build_evaluation_set(
 ) -> EvaluationSet:
     """Encode the clips, render the probes and measure the teacher's text accuracy."""
     prompts = encode_prompts(student, records)
-    probes = {
+    probes: dict[str, list[Prompt]] = {
         probe.name: [
             probe_prompt(student, prompt, record, probe)
             for prompt, record in zip(prompts, records, strict=True)

@@ -40,14 +40,16 @@ def check_pair(student: SpeechLM, teacher: TextLM) -> SpeechLM:
     teacher_token = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
     teacher_rows = teacher.model.get_output_embeddings().weight.shape[0]
     shared = {
-        i for i, token in student_token.items() if i < teacher_rows and teacher_token.get(i) == token
+        i
+        for i, token in student_token.items()
+        if i < teacher_rows and teacher_token.get(i) == token
     }
     unshared = set(student_token) - shared - set(student.reserved_ids)
     if len(unshared) > MAX_UNSHARED_SHARE * len(student_token):
         example = min(unshared)
         raise GuardError(
-            f"{len(unshared)} of {len(student_token)} ids mean another token to the teacher (first: "
-            f"{example} is {student_token[example]!r} and {teacher_token.get(example)!r}). "
+            f"{len(unshared)} of {len(student_token)} ids mean another token to the teacher "
+            f"(first: {example} is {student_token[example]!r} and {teacher_token.get(example)!r}). "
             "The advantage compares the same token under both models: use the same tokenizer."
         )
     rows = range(student.lm_head.weight.shape[0])
@@ -86,7 +88,7 @@ def check_audio_dependence(
         (logprob,) = score(student, [rollout], temperature=1.0, micro_batch=1, backend=backend)
         scored.append(logprob)
     change = float((scored[0] - scored[1]).abs().max())
-    if change < MIN_LOGPROB_CHANGE:
+    if not change >= MIN_LOGPROB_CHANGE:  # also refuses NaN
         raise GuardError(
             f"log-probs move by {change:.1e} nat when the audio is reversed (at least "
             f"{MIN_LOGPROB_CHANGE:.0e} expected): the student does not hear its prompts. Check "

@@ -21,12 +21,14 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from xopd.errors import UserError
+
 METRICS_FILE = "metrics.jsonl"
 
 _log = logging.getLogger(__name__)
 
 
-class MetricsError(Exception):
+class MetricsError(UserError):
     """A metrics file or line that cannot be used; the message names file and line."""
 
 

@@ -40,9 +40,7 @@ def encode_prompts(
     return prompts
 
 
-def _prompt(
-    student: SpeechLM, record: SpokenPrompt, audio: torch.Tensor, question: str
-) -> Prompt:
+def _prompt(student: SpeechLM, record: SpokenPrompt, audio: torch.Tensor, question: str) -> Prompt:
     text = f"{record.text} {question}".strip()
     return Prompt(
         id=record.id,

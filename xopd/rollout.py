@@ -62,9 +62,7 @@ def generate(
         eos_token_id=lm.eos_id,
         use_cache=True,
     )
-    output = model.generate(
-        inputs_embeds=embedded, attention_mask=mask, generation_config=settings
-    )
+    output = model.generate(inputs_embeds=embedded, attention_mask=mask, generation_config=settings)
     return [_until_eos(row, lm.eos_id) for row in output.tolist()]
 
 

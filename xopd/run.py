@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from xopd.config import (
     dump_config,
     load_config,
 )
-from xopd.data.corpus import available_splits, load_corpus
+from xopd.data.corpus import SpokenPrompt, available_splits, load_corpus
 from xopd.data.world import is_correct
 from xopd.errors import UserError
-from xopd.evaluate import EvaluationSet, build_evaluation_set, evaluate_student
+from xopd.evaluate import EvaluationSet, build_evaluation_set, decoded, evaluate_student
+from xopd.files import write_atomically
 from xopd.guards import check_audio_dependence, check_pair, check_prompts
 from xopd.loss import TokenStats
 from xopd.metrics import MetricsLog, TrainProgress, read_jsonl
@@ -43,17 +43,6 @@ SAMPLES = "samples.jsonl"
 
 class RunError(UserError):
     """A run folder that cannot be used as asked."""
-
-
-def atomic_text(path: Path, text: str) -> None:
-    """Write a file so that a reader or a crash sees the old text or the new one, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +91,7 @@ class Run:
             step=step,
             max_new_tokens=self.config.rollout.max_new_tokens,
         )
-        atomic_text(path, json.dumps(record, indent=1))
+        write_atomically(path, json.dumps(record, indent=1).encode())
 
     def save_student(self) -> None:
         """The student as a loadable folder: safetensors, config, tokenizer, feature extractor."""
@@ -137,12 +126,14 @@ def prepare(config: Config) -> Run:
 
 def load_pair(model: ModelConfig) -> tuple[TextLM, SpeechLM]:
     """Teacher and student of a config, checked against each other, on the device."""
-    options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # The student keeps fp32 master weights and computes in bf16; the frozen teacher needs none.
     dtype = torch.float32 if model.dtype is Dtype.FP32 else torch.bfloat16
-    teacher = load_teacher(model.teacher, dtype=dtype, device=device, **options)
-    student = load_student(model.student, device=device, **options)
+    revision, trust = model.revision, model.trust_remote_code
+    teacher = load_teacher(
+        model.teacher, dtype=dtype, device=device, revision=revision, trust_remote_code=trust
+    )
+    student = load_student(model.student, device=device, revision=revision, trust_remote_code=trust)
     return teacher, check_pair(student, teacher)
 
 
@@ -155,12 +146,14 @@ def kernel_backend(config: Config) -> Backend | Literal["auto"]:
 def load_evaluation_set(config: Config, student: SpeechLM, teacher: TextLM) -> EvaluationSet:
     """The evaluation split, and the same families in voices that training never hears."""
     folder, limit = Path(config.data.path), config.data.eval_limit
-    held_out = available_splits(folder)
+    held_out: list[SpokenPrompt] = []
+    if HELD_OUT_VOICE_SPLIT in available_splits(folder):
+        held_out = load_corpus(folder, HELD_OUT_VOICE_SPLIT)[:limit]
     return build_evaluation_set(
         student,
         teacher,
         load_corpus(folder, config.data.eval_split)[:limit],
-        load_corpus(folder, HELD_OUT_VOICE_SPLIT)[:limit] if HELD_OUT_VOICE_SPLIT in held_out else [],
+        held_out,
         split=config.data.eval_split,
         max_new_tokens=config.rollout.max_new_tokens,
     )
@@ -188,7 +181,7 @@ def claim_folder(directory: Path, config: Config) -> None:
         return
     if directory.exists() and any(directory.iterdir()):
         raise RunError(f"{directory} is not empty and holds no config.yaml; choose a new out_dir.")
-    atomic_text(path, dump_config(config))
+    write_atomically(path, dump_config(config).encode())
 
 
 def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:
@@ -205,20 +198,21 @@ def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:
         seen.add(key)
         per_modality[key[1]] += 1
         kept.append({"step": step, **sample_record(run.student, item)})
-    atomic_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    lines = "".join(json.dumps(record) + "\n" for record in kept)
+    write_atomically(path, lines.encode())
 
 
 def sample_record(student: SpeechLM, item: TokenStats) -> dict[str, object]:
     """One rollout with its tokens and per-token numbers, as ``samples.jsonl`` holds it."""
     rollout, tokenizer = item.rollout, student.tokenizer
-    response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True)
+    response = decoded(tokenizer, rollout.response_ids)
     teacher = rollout.teacher_logprob
     return {
         "prompt_id": rollout.prompt.id,
         "modality": rollout.modality.value,
         "task": rollout.prompt.task,
         "prompt": rollout.prompt.text,
-        "token": [tokenizer.decode([i]) for i in rollout.response_ids],
+        "token": tokenizer.convert_ids_to_tokens(list(rollout.response_ids)),
         "advantage": item.advantage.tolist(),
         "logprob": item.logprob.tolist(),
         "teacher_logprob": [] if teacher is None else teacher.tolist(),
@@ -233,6 +227,4 @@ def evaluate_folder(config: Config) -> dict[str, object]:
     torch.set_num_threads(config.train.threads)
     teacher, student = load_pair(config.model)
     data = load_evaluation_set(config, student, teacher)
-    return evaluate_student(
-        student, data, step=0, max_new_tokens=config.rollout.max_new_tokens
-    )
+    return evaluate_student(student, data, step=0, max_new_tokens=config.rollout.max_new_tokens)

@@ -19,13 +19,15 @@ from typing import Annotated, Any, NamedTuple
 
 import yaml
 
+from xopd.errors import UserError
+
 MAX_FILE_BYTES = 1_000_000
 _MAX_YAML_DEPTH = 4  # a config is section -> field -> scalar; anything deeper is a mistake
 _TRUE_FALSE = {"true": True, "false": False}
 _NULL = ("null", "none", "~")
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A config file, override or value that cannot be used; the message names the field."""
 
 

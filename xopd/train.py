@@ -28,6 +28,7 @@ from xopd.checkpoint import (
 from xopd.config import Config
 from xopd.errors import UserError
 from xopd.loss import TokenStats, policy_loss, step_sizes
+from xopd.models import SpeechLM, TextLM
 from xopd.optimizer import build_optimizer, learning_rate
 from xopd.prompts import prompts_of_step
 from xopd.rollout import sample_rollouts
@@ -141,17 +142,22 @@ def _sample(run: Run, step: int) -> list[Rollout]:
 
 def _with_teacher(run: Run, rows: Sequence[Rollout]) -> list[Rollout]:
     """Rollouts with the teacher's log-probs on the text prompt, and old ones where needed."""
-    common = {
-        "temperature": run.config.rollout.temperature,
-        "micro_batch": run.config.train.micro_batch,
-        "backend": kernel_backend(run.config),
-    }
-    teacher = score(run.teacher, rows, **common)
+
+    def scored_by(lm: TextLM | SpeechLM) -> list[Tensor]:
+        return score(
+            lm,
+            rows,
+            temperature=run.config.rollout.temperature,
+            micro_batch=run.config.train.micro_batch,
+            backend=kernel_backend(run.config),
+        )
+
+    teacher = scored_by(run.teacher)
     scored = [replace(r, teacher_logprob=t) for r, t in zip(rows, teacher, strict=True)]
     if run.config.loss.minibatches == 1:
         return scored  # one update per rollout: pi_old is the current policy and the ratio is 1
     with run.autocast():
-        old = score(run.student, rows, **common)
+        old = scored_by(run.student)
     return [replace(r, old_logprob=o) for r, o in zip(scored, old, strict=True)]
 
 
@@ -210,9 +216,7 @@ def minibatches(rows: Sequence[Rollout], count: int) -> list[list[Rollout]]:
     return parts
 
 
-def step_record(
-    step: int, stats: Sequence[TokenStats], timing: Timing
-) -> dict[str, float | int]:
+def step_record(step: int, stats: Sequence[TokenStats], timing: Timing) -> dict[str, float | int]:
     """The metrics of one step.
 
     kl_*: mean over tokens of logprob - teacher_logprob, the sampled estimate of KL(student ||

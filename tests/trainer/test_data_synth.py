@@ -17,6 +17,7 @@ from xopd.data import synth
 from xopd.data.speech import HELD_OUT_VOICES, TRAINING_VOICES
 from xopd.data.synth import MANIFEST_NAME, SplitName, SynthSummary, plan_split, synthesize
 from xopd.data.world import split_of
+from xopd.files import write_atomically
 
 SIZES: dict[SplitName, int] = {"train": 10, "dev": 3, "test": 3, "test_heldout_voice": 4}
 ROWS = sum(SIZES.values())
@@ -146,7 +147,7 @@ def test_a_failed_write_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="no space"):
-        synth.write_atomically(path, b"new")
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 

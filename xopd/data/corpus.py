@@ -21,6 +21,7 @@ from transformers import SequenceFeatureExtractor, WhisperFeatureExtractor
 
 from xopd.data.speech import SAMPLE_RATE_HZ
 from xopd.data.synth import MANIFEST_NAME, SCHEMA
+from xopd.errors import UserError
 
 DURATION_LIMITS_S: Final = (0.1, 30.0)
 """Shortest and longest clip; 30 s is the window of the Whisper-style audio towers."""
@@ -29,7 +30,7 @@ MIN_PEAK: Final = 1e-3
 _DURATION_TOLERANCE_S: Final = 1e-3
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """A corpus folder, row or clip that cannot be used; the message names it and the remedy."""
 
 

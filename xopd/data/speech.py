@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import soxr
 
+from xopd.errors import UserError
+
 SAMPLE_RATE_HZ: Final = 16_000
 
 Speaker = Literal["male", "female"]
@@ -63,7 +65,7 @@ class Utterance(NamedTuple):
     word_start_ms: tuple[int, ...]  # one a word, not decreasing, the first is 0
 
 
-class VoiceError(ValueError):
+class VoiceError(UserError):
     """espeak-ng lacks a voice; by itself it would speak with another one."""
 
 

@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import random
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -39,6 +38,7 @@ from xopd.data.speech import (
     engine_version,
 )
 from xopd.data.world import Problem, PromptSplit, draw
+from xopd.files import write_atomically
 
 SplitName = Literal["align", "train", "dev", "test", "test_heldout_voice"]
 
@@ -216,27 +216,6 @@ def synthesize(
         made_shards=len(missing),
         reused_shards=reused,
     )
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` so that `path` holds the old content or all of the new one, even after a crash.
-
-    The data goes to a temporary file beside `path`, is forced to disk, and is renamed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive too
-    finally:
-        os.close(folder)
 
 
 def _shards(split: SplitName, size: int, seed: int) -> Iterator[_Shard]:

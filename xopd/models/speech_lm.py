@@ -8,7 +8,8 @@ frozen and runs once per clip; from then on a prompt is a row of input embedding
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,6 +180,15 @@ def _check_folder(path: str) -> None:
         raise ModelError(f"model folder {path!r} has no config.json; is the path right?")
 
 
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """transformers reports a missing file, repository or connection as OSError: name the model."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(f"cannot load model {path!r}: {error}") from error
+
+
 def load_student(
     path: str,
     *,
@@ -186,23 +196,26 @@ def load_student(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> SpeechLM:
-    """Load a speech LLM (today: Qwen3-Omni's thinker) from a folder or a hub id, safetensors only, fp32 weights.
+    """Load a speech LLM from a folder or a hub id: safetensors only, fp32 weights.
 
-    Raises ModelError for another architecture, or when its placeholder ids are missing.
+    Today that is Qwen3-Omni's thinker. Raises ModelError for another architecture, and for a
+    folder or hub id that does not load.
     """
     _check_folder(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = AutoConfig.from_pretrained(path, **options)
+    with _naming(path):
+        config = AutoConfig.from_pretrained(path, **options)
     if config.model_type != "qwen3_omni_moe_thinker":
         raise ModelError(
             f"student {path!r} has model_type {config.model_type!r}; "
             "supported: 'qwen3_omni_moe_thinker' (save the thinker of an Omni checkpoint alone)."
         )
-    model = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
-        path, dtype=torch.float32, use_safetensors=True, **options
-    ).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    extractor = WhisperFeatureExtractor.from_pretrained(path, revision=revision)
+    with _naming(path):
+        model = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
+            path, dtype=torch.float32, use_safetensors=True, **options
+        ).to(device)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        extractor = WhisperFeatureExtractor.from_pretrained(path, revision=revision)
     return wrap_student(model, tokenizer, extractor)
 
 
@@ -236,7 +249,11 @@ def load_teacher(
     """Load a text-only causal LM from a folder or a hub id, safetensors only, frozen."""
     _check_folder(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    with _naming(path):
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     model.to(device).requires_grad_(False)
     model.eval()
-    return TextLM(model=model, tokenizer=AutoTokenizer.from_pretrained(path, **options))
+    return TextLM(model=model, tokenizer=tokenizer)

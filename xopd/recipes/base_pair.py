@@ -139,12 +139,12 @@ def spoken_word_of_embedding(clip: Clip, tokenizer: PreTrainedTokenizerFast) -> 
 
     Embedding i covers 80 ms, 13 of them 1 s; the word is the last one that began by then.
     """
-    words = clip.record.text.split()
+    words = list(zip(clip.record.text.split(), clip.record.word_start_ms, strict=True))
     ids = []
     for i in range(audio_token_count(clip.features.shape[1])):
         second, slot = divmod(i, 13)
         centre_ms = 1000 * second + 80 * slot + 60
-        begun = [w for w, at in zip(words, clip.record.word_start_ms, strict=True) if at <= centre_ms]
+        begun = [word for word, start_ms in words if start_ms <= centre_ms]
         ids.append(
             tokenizer.convert_tokens_to_ids(begun[-1]) if begun else int(tokenizer.pad_token_id)
         )
@@ -183,7 +183,7 @@ def train_base(
     seed: int,
     log: Log,
     stage: Stage = BASE,
-    mixture: BaseMixture = BaseMixture(),  # noqa: B008 - frozen
+    mixture: BaseMixture = BaseMixture(),
 ) -> None:
     """Stage 3: transcription, speaker and speed, few spoken problems, some written ones."""
     rng = random.Random(f"base/{seed}")

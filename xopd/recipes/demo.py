@@ -25,10 +25,11 @@ from xopd.config import (
 )
 from xopd.data.corpus import load_corpus
 from xopd.data.synth import SplitName, synthesize
+from xopd.files import write_atomically
 from xopd.models.demo import build_tokenizer
 from xopd.recipes import base_pair
 from xopd.report import write_report
-from xopd.run import atomic_text, save_speech_lm
+from xopd.run import save_speech_lm
 from xopd.train import train
 
 SIZES: dict[SplitName, int] = {"train": 1600, "test": 400, "test_heldout_voice": 200}
@@ -129,7 +130,8 @@ def make_models(paths: DemoPaths) -> None:
         "steps": {name: stage.steps for name, stage in stages.items()},
     }
     # Written last: its presence says that both models are whole.
-    atomic_text(paths.models / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+    text = json.dumps(provenance, indent=1) + "\n"
+    write_atomically(paths.models / "provenance.json", text.encode())
 
 
 def print_table(directory: Path) -> None:
@@ -146,9 +148,7 @@ def print_table(directory: Path) -> None:
     Console().print(table)
 
 
-def table_rows(
-    before: dict[str, Any], after: dict[str, Any]
-) -> list[tuple[str, float, float]]:
+def table_rows(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, float, float]]:
     """(what, before, after) of every headline figure."""
     rows = [
         (name, before[key]["accuracy"], after[key]["accuracy"])
@@ -166,8 +166,7 @@ def table_rows(
         for short, name in (("S", "speech"), ("T", "text"))
     ]
     rows += [
-        (f"probe: {name}", value, after["probes"][name])
-        for name, value in before["probes"].items()
+        (f"probe: {name}", value, after["probes"][name]) for name, value in before["probes"].items()
     ]
-    rows.append(("teacher (text)", before["teacher_text"]["accuracy"], after["teacher_text"]["accuracy"]))
-    return rows
+    teacher = before["teacher_text"]["accuracy"]  # frozen: the same after
+    return [*rows, ("teacher (text)", teacher, teacher)]

@@ -41,7 +41,7 @@ TABLE: dict[tuple[int, int, Stage], TileConfig] = {
     (80, 2, Stage.LOGITS): TileConfig(128, 128, 32, warps=8, stages=3),
     (80, 2, Stage.D_HIDDEN): TileConfig(128, 128, 32, warps=8, stages=3),
     (80, 2, Stage.D_WEIGHT): TileConfig(128, 128, 32, warps=8, stages=3),
-    (80, 4, Stage.LOGITS): TileConfig(64, 64, 16, warps=8, stages=2),
+    (80, 4, Stage.LOGITS): TileConfig(64, 32, 16, warps=4, stages=2),
     (80, 4, Stage.D_HIDDEN): TileConfig(64, 64, 16, warps=8, stages=2),
     (80, 4, Stage.D_WEIGHT): TileConfig(64, 64, 16, warps=8, stages=2),
     (90, 2, Stage.LOGITS): TileConfig(128, 128, 64, warps=8, stages=3),

@@ -33,13 +33,11 @@ def linear_logprob_op(
     """(logprob [N], lse [N], entropy [N] or [0]) of hidden [N, D] and target [N]."""
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
-    # Autocast is still on inside an operator and would round the fp32 operands of its GEMMs.
-    with torch.autocast(hidden.device.type, enabled=False):
-        if chosen is Backend.TRITON:
-            from xopd_kernels.linear_logprob.triton import forward
+    if chosen is Backend.TRITON:
+        from xopd_kernels.linear_logprob.triton import forward
 
-            return forward(hidden, head, target, ignore_index, needs_entropy)
-        return reference.forward(hidden, head, target, ignore_index, needs_entropy)
+        return forward(hidden, head, target, ignore_index, needs_entropy)
+    return reference.forward(hidden, head, target, ignore_index, needs_entropy)
 
 
 @linear_logprob_op.register_fake
@@ -93,12 +91,11 @@ def linear_logprob_backward_op(
     saved = LinearLogprob(logprob, lse, entropy)
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
     chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
-    with torch.autocast(hidden.device.type, enabled=False):
-        if chosen is Backend.TRITON:
-            from xopd_kernels.linear_logprob.triton import backward
+    if chosen is Backend.TRITON:
+        from xopd_kernels.linear_logprob.triton import backward
 
-            return backward(upstream, saved, hidden, head, target, ignore_index, wanted)
-        return reference.backward(upstream, saved, hidden, head, target, ignore_index, wanted)
+        return backward(upstream, saved, hidden, head, target, ignore_index, wanted)
+    return reference.backward(upstream, saved, hidden, head, target, ignore_index, wanted)
 
 
 @linear_logprob_backward_op.register_fake

@@ -47,14 +47,12 @@ def linear_policy_loss_op(
     )
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
     chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
-    # Autocast is still on inside an operator and would round the fp32 operands of its GEMMs.
-    with torch.autocast(hidden.device.type, enabled=False):
-        if chosen is Backend.TRITON:
-            from xopd_kernels.linear_policy_loss.triton import forward
+    if chosen is Backend.TRITON:
+        from xopd_kernels.linear_policy_loss.triton import forward
 
-            result, grad = forward(hidden, head, target, terms, ignore_index, wanted)
-        else:
-            result, grad = reference.forward(hidden, head, target, terms, ignore_index, wanted)
+        result, grad = forward(hidden, head, target, terms, ignore_index, wanted)
+    else:
+        result, grad = reference.forward(hidden, head, target, terms, ignore_index, wanted)
     return (*result, *grad)
 
 

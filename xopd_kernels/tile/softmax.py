@@ -50,6 +50,7 @@ def logits_kernel(
     row = tl.cast(row_block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < live
     target = tl.load(target_ptr + row, mask=is_row, other=-1)
+    target = tl.where((target >= 0) & (target < V), target, -1).to(tl.int32)
     maximum = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     moment = tl.zeros((BLOCK_N,), tl.float32)
@@ -57,7 +58,7 @@ def logits_kernel(
     slab_begin = slab * SLAB_TILES * BLOCK_V
     slab_end = tl.minimum(slab_begin + SLAB_TILES * BLOCK_V, V)
     for first in range(slab_begin, slab_end, BLOCK_V):
-        col = first + tl.arange(0, BLOCK_V).to(tl.int64)
+        col = first + tl.arange(0, BLOCK_V)
         is_col = col < V
         z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         for d in range(0, D, BLOCK_D):
@@ -68,7 +69,7 @@ def logits_kernel(
                 other=0.0,
             )
             b = tl.load(
-                weight_ptr + col[:, None] * stride_wv + k[None, :],
+                weight_ptr + col[:, None].to(tl.int64) * stride_wv + k[None, :],
                 mask=is_col[:, None] & (k < D)[None, :],
                 other=0.0,
             )
@@ -77,8 +78,10 @@ def logits_kernel(
             z += tl.load(bias_ptr + col, mask=is_col, other=0.0).to(tl.float32)[None, :]
         z *= scale
         if logits_ptr is not None:
-            z_ptr = logits_ptr + row[:, None] * V + col[None, :]
-            tl.store(z_ptr, z, mask=is_row[:, None] & is_col[None, :])
+            # int64 up to the tile, int32 inside it: a pointer for each element would spill.
+            z_ptr = logits_ptr + tl.cast(row_block, tl.int64) * BLOCK_N * V + first
+            inside = tl.arange(0, BLOCK_N)[:, None] * V + tl.arange(0, BLOCK_V)[None, :]
+            tl.store(z_ptr + inside, z, mask=is_row[:, None] & is_col[None, :])
         if cap is not None:
             z = tanh(z) * cap
         z = tl.where(is_col[None, :], z, float("-inf"))

@@ -1,0 +1,1 @@
+"""Benchmarks: verify first, then time. See README.md."""

@@ -1,0 +1,150 @@
+"""The command line, in this process: help, errors in one line, and what each command writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from xopd.cli import build_parser, main
+from xopd.config import Config, dump_config, load_config
+
+MakeConfig = Callable[..., Config]
+COMMANDS = ("demo", "data", "config", "train", "eval", "report", "doctor")
+
+
+@pytest.fixture
+def config_file(make_config: MakeConfig, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_config(make_config(tmp_path / "run")))
+    return path
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Runs a command that must end with status 2 and one line; returns the line."""
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err + printed.out
+    # transformers may have shown the progress of loading models before.
+    errors = [line for line in printed.err.splitlines() if line.startswith("xopd: error: ")]
+    assert errors == printed.err.splitlines()[-1:]
+    return errors[0]
+
+
+def test_the_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for command in COMMANDS:
+        assert f"\n    {command} " in text
+        assert f"xopd {command}" in text or command == "report"
+
+
+@pytest.mark.parametrize("command", [*((c,) for c in COMMANDS), ("data", "synth")])
+def test_each_command_has_help(
+    command: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: xopd {' '.join(command)} ")
+
+
+def test_train_help_lists_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    text = capsys.readouterr().out
+    assert "loss.text_weight (float in [0, 1])" in text
+    assert "Weight lambda of the text half" in text
+
+
+def test_an_unknown_key_gets_a_suggestion(
+    config_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = fails(capsys, "train", str(config_file), "optim.lerning_rate=1")
+    assert "unknown key 'optim.lerning_rate'; did you mean 'optim.learning_rate'?" in line
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=0", "train.steps: expected int in [1, 10000000]"),
+        ("model.student=./absent", "model folder './absent' has no config.json"),
+        ("data.train_split=absent", "absent"),
+        ("train.backend=native", "backend NATIVE cannot run: the native library"),
+    ],
+)
+def test_mistakes_are_one_line(
+    config_file: Path, capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert message in fails(capsys, "train", str(config_file), override)
+
+
+def test_missing_files_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "cannot read the config" in fails(capsys, "train", str(tmp_path / "absent.yaml"))
+    assert "absent" in fails(capsys, "report", str(tmp_path / "absent"))
+
+
+def test_config_prints_a_tree_that_reads_back(
+    config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["config", str(config_file), "train.steps=9"]) == 0
+    again = tmp_path / "again.yaml"
+    again.write_text(capsys.readouterr().out)
+    assert load_config(again, []) == load_config(config_file, ["train.steps=9"])
+    assert main(["config"]) == 0
+    template = capsys.readouterr().out
+    assert "  student: null" in template
+    assert "default 2.0e-06" in template
+
+
+def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--tokens", "1024"]) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "transformers", "REFERENCE", "available", "NATIVE", "N=1024"):
+        assert word in text
+
+
+def test_eval_prints_and_writes_json(
+    config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config = load_config(config_file, [])
+    out = tmp_path / "eval.json"
+    arguments = ["eval", config.model.student, "--teacher", config.model.teacher]
+    arguments += ["--data", config.data.path, "--limit", "3", "--max-new-tokens", "4"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record == json.loads(out.read_text())
+    assert (record["count"], record["split"]) == (3, "test")
+    assert {"speech", "text", "teacher_text", "held_out_voice", "probes"} <= set(record)
+
+
+def test_data_synth_makes_a_corpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--align", "0", "--train", "2", "--dev", "0", "--test", "0"]
+    sizes += ["--test-heldout-voice", "0"]
+    out = tmp_path / "data"
+    assert main(["data", "synth", "--out", str(out), *sizes, "--quiet"]) == 0
+    assert "2 clips" in capsys.readouterr().out
+    assert [p.name for p in out.glob("*.parquet")] == ["train-00000.parquet"]
+
+
+def test_the_installed_command_is_this_function() -> None:
+    """What pyproject.toml's console script runs, with its exit status, in a process of its own."""
+    code = "import sys; from xopd.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "config", "absent.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("xopd: error: absent.yaml: cannot read the config")
+
+
+def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+    assert build_parser().prog == "xopd"

@@ -12,8 +12,9 @@ import torch
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
+    """Before each test, because a run sets the threads of its own config."""
     torch.set_num_threads(1)
 
 

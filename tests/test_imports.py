@@ -37,17 +37,6 @@ def test_the_kernels_never_import_the_trainer(repository: Path) -> None:
         assert not tops & {"xopd", "transformers", "benchmarks", "tests"}, path
 
 
-def test_only_the_triton_files_import_triton_at_the_top(repository: Path) -> None:
-    for path in sorted((repository / "xopd_kernels").rglob("*.py")):
-        if path.name == "triton.py" or path.parent.name == "tile":
-            continue
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        top = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        found = {a.name for n in top if isinstance(n, ast.Import) for a in n.names}
-        found |= {n.module or "" for n in top if isinstance(n, ast.ImportFrom)}
-        assert not {name for name in found if name.split(".")[0] == "triton"}, path
-
-
 def test_the_trainer_imports_only_the_public_kernels(repository: Path) -> None:
     """Names that the trainer may take besides the package's own; anything deeper is private."""
     allowed = {

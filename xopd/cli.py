@@ -79,7 +79,9 @@ def _add_demo(commands: Parsers[argparse.ArgumentParser]) -> None:
         description="Synthesize speech, close the speech/text gap of a small Qwen3-Omni thinker by "
         "X-OPD against its text teacher, and write a report. Cached and resumable.",
     )
-    parser.add_argument("--seed", type=int, default=0, help="training seed (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, nargs="+", default=[0], help="training seeds, one run each (default: 0)"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -98,7 +100,7 @@ def _add_demo(commands: Parsers[argparse.ArgumentParser]) -> None:
     def run(args: argparse.Namespace) -> int:
         from xopd.recipes.demo import run_demo
 
-        run_demo(args.out, seed=args.seed, from_scratch=args.from_scratch, workers=args.workers)
+        run_demo(args.out, seeds=args.seed, from_scratch=args.from_scratch, workers=args.workers)
         return 0
 
     parser.set_defaults(run=run)

@@ -37,7 +37,7 @@ from xopd_kernels import Backend
 _log = logging.getLogger(__name__)
 
 HELD_OUT_VOICE_SPLIT = "test_heldout_voice"
-SAMPLED_PROMPTS = 4
+SAMPLED_TASKS = 5
 SAMPLES = "samples.jsonl"
 
 
@@ -185,19 +185,17 @@ def claim_folder(directory: Path, config: Config) -> None:
 
 
 def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:
-    """Keep one rollout of the step's first prompts, in each modality, for the report."""
+    """Keep one rollout of each task and modality of the step for the report."""
     path = run.directory / SAMPLES
     # A resumed run may repeat a step: what it wrote before is replaced.
     kept = [s for s in read_jsonl(path) if s["step"] < step] if path.exists() else []
-    seen: set[tuple[str, Modality]] = set()
-    per_modality = dict.fromkeys(Modality, 0)
-    for item in stats:
-        key = (item.rollout.prompt.id, item.rollout.modality)
-        if key in seen or per_modality[key[1]] == SAMPLED_PROMPTS:
-            continue
-        seen.add(key)
-        per_modality[key[1]] += 1
-        kept.append({"step": step, **sample_record(run.student, item)})
+    for modality in Modality:
+        of_task: dict[str, TokenStats] = {}  # one rollout of each task: what differs is shown
+        for item in stats:
+            if item.rollout.modality is modality:
+                of_task.setdefault(item.rollout.prompt.task, item)
+        picked = list(of_task.values())[:SAMPLED_TASKS]
+        kept += [{"step": step, **sample_record(run.student, item)} for item in picked]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(path, lines.encode())
 

@@ -17,6 +17,10 @@ from xopd_kernels.testing import (
     make_terms,
 )
 
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+narrow = pytest.importorskip("xopd_kernels.tile.dot").narrow
+
 pytestmark = [
     pytest.mark.interpret,
     pytest.mark.skipif(
@@ -185,3 +189,17 @@ def test_target_out_of_range_raises_on_the_cpu():
     inputs = make_inputs(3, 9, 4, torch.float32)
     with pytest.raises(ValueError, match=r"target must lie in \[0, 9\)"):
         linear_logprob(*inputs[:2], torch.tensor([0, 9, -100]), **TRITON)
+
+
+@triton.jit
+def narrow_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, narrow(tl.load(x_ptr + at), out_ptr.dtype.element_ty))
+
+
+def test_narrow_rounds_to_nearest_even():
+    """The stock interpreter truncates; half of all values would differ."""
+    x = torch.cat((torch.randn(4094), torch.tensor([torch.inf, 1e-40])))
+    out = torch.empty(4096, dtype=torch.bfloat16)
+    narrow_kernel[(1,)](x, out, 4096)
+    assert torch.equal(out, x.bfloat16())

@@ -122,9 +122,7 @@ def make_config(model_folders: ModelFolders, corpus: Path) -> MakeConfig:
 
 
 @pytest.fixture(scope="session")
-def rollouts(
-    student: SpeechLM, prompts: list[Prompt]
-) -> Callable[[list[Modality]], list[Rollout]]:
+def rollouts(student: SpeechLM, prompts: list[Prompt]) -> Callable[[list[Modality]], list[Rollout]]:
     """Unscored rollouts of random tokens, lengths 3, 4, 5, ...; one per modality given."""
 
     def make(modalities: list[Modality]) -> list[Rollout]:

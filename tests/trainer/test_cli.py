@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from xopd.cli import build_parser, main
 from xopd.config import Config, dump_config, load_config
@@ -111,10 +112,14 @@ def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixtur
 
 
 def test_eval_prints_and_writes_json(
-    config_file: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    config_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # its default is 2
     config = load_config(config_file, [])
-    out = tmp_path / "eval.json"
+    out = tmp_path / "new" / "eval.json"
     arguments = ["eval", config.model.student, "--teacher", config.model.teacher]
     arguments += ["--data", config.data.path, "--limit", "3", "--max-new-tokens", "4"]
     assert main([*arguments, "--out", str(out)]) == 0

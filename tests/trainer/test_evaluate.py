@@ -139,7 +139,7 @@ def test_an_evaluation_record(
     # A random teacher solves nothing, so a relative drop is undefined and left out.
     assert data.teacher_text.accuracy == 0.0
     assert "average_drop_speech" not in record
-    half = {task: 50.0 for task in data.teacher_text.by_task}
+    half = dict.fromkeys(data.teacher_text.by_task, 50.0)
     object.__setattr__(data, "teacher_text", Accuracy(50.0, half))
     record = evaluate_student(student, data, step=7, max_new_tokens=3)
     assert record["average_drop_speech"] == record["average_drop_text"] == 100.0

@@ -61,7 +61,9 @@ def test_another_eos_is_refused(student: SpeechLM) -> None:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = "no"
     other = TextLM(build_teacher(tokenizer, 0), tokenizer)
-    with pytest.raises(GuardError, match=rf"ends on id {student.eos_id}, teacher on {other.eos_id}"):
+    with pytest.raises(
+        GuardError, match=rf"ends on id {student.eos_id}, teacher on {other.eos_id}"
+    ):
         check_pair(student, other)
 
 
@@ -107,14 +109,10 @@ def test_audio_reaches_the_loss(student: SpeechLM, records: list[SpokenPrompt]) 
 def test_a_deaf_student_is_refused(student: SpeechLM, records: list[SpokenPrompt]) -> None:
     deaf = DeafLM(**{field.name: getattr(student, field.name) for field in fields(student)})
     with pytest.raises(GuardError, match="does not hear its prompts"):
-        check_audio_dependence(
-            deaf, records[0], response_ids=RESPONSE, backend=Backend.REFERENCE
-        )
+        check_audio_dependence(deaf, records[0], response_ids=RESPONSE, backend=Backend.REFERENCE)
 
 
-def test_a_student_of_nan_is_refused(
-    new_student: SpeechLM, records: list[SpokenPrompt]
-) -> None:
+def test_a_student_of_nan_is_refused(new_student: SpeechLM, records: list[SpokenPrompt]) -> None:
     with torch.no_grad():
         new_student.lm_head.weight.fill_(torch.nan)
     with pytest.raises(GuardError, match="nan"):

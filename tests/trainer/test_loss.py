@@ -94,9 +94,7 @@ def test_unscored_rollouts_are_refused(student: SpeechLM, rollouts: MakeRollouts
     sizes = step_sizes(rows)
 
     def loss(given: list[Rollout]) -> None:
-        policy_loss(
-            student, given, sizes, LossConfig(), temperature=1.0, backend=Backend.REFERENCE
-        )
+        policy_loss(student, given, sizes, LossConfig(), temperature=1.0, backend=Backend.REFERENCE)
 
     with pytest.raises(ValueError, match="every rollout needs teacher_logprob"):
         loss(rows)

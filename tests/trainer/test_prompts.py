@@ -46,9 +46,7 @@ def test_batches_of_clips_and_a_written_question(
 ) -> None:
     monkeypatch.setattr(prompts_module, "CLIPS_PER_BATCH", 3)
     done: list[int] = []
-    found = encode_prompts(
-        student, records[:7], question="who speaks", on_progress=done.append
-    )
+    found = encode_prompts(student, records[:7], question="who speaks", on_progress=done.append)
     assert done == [3, 6, 7]
     for prompt, record in zip(found, records, strict=False):
         assert prompt.text_ids == text_prompt(student.tokenizer, f"{record.text} who speaks")

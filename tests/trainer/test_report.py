@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from xopd.report import write_report
-from xopd.report.inputs import RunInputs, read_run
+from xopd.report.inputs import ReportError, RunInputs, read_run
 from xopd.report.page import _delta
 from xopd.report.plots import LIGHT, Line, _label_ends, _new_axes, _running_mean, learning_charts
 from xopd.report.samples import samples_html
@@ -163,7 +163,7 @@ def test_an_empty_run_gives_a_page_that_names_what_is_missing(tmp_path: Path) ->
     text = page.read_text(encoding="utf-8")
     for name in ("config.yaml", "metrics.jsonl", "before.json", "after.json", "samples.jsonl"):
         assert f"<li>{name} is missing</li>" in text
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(ReportError, match="no such folder"):
         write_report(tmp_path / "absent")
 
 

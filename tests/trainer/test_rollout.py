@@ -92,9 +92,7 @@ def test_scores_equal_the_logits_that_were_sampled_from(
         temperature=temperature,
         batch_size=100,
     )
-    scored = score(
-        student, rows, temperature=temperature, micro_batch=4, backend=Backend.REFERENCE
-    )
+    scored = score(student, rows, temperature=temperature, micro_batch=4, backend=Backend.REFERENCE)
     table = (at_generation[0].float() / temperature).log_softmax(-1)
     for i, (row, logprob) in enumerate(zip(rows, scored, strict=True)):
         ids = torch.tensor(row.response_ids)
@@ -167,9 +165,7 @@ def test_padding_does_not_change_a_generation(student: SpeechLM, prompts: list[P
     assert together == alone
 
 
-def test_padding_and_order_do_not_change_a_score(
-    student: SpeechLM, rollouts: MakeRollouts
-) -> None:
+def test_padding_and_order_do_not_change_a_score(student: SpeechLM, rollouts: MakeRollouts) -> None:
     rows = rollouts([TEXT, SPEECH, SPEECH, TEXT])[::-1]
     settings = {"temperature": 0.7, "backend": Backend.REFERENCE}
     batch = score(student, rows, micro_batch=10, **settings)
@@ -197,9 +193,7 @@ def test_scores_are_log_probabilities_of_the_head_with_its_bias(
 ) -> None:
     certain = biased(new_student, 20)
     row = replace(rollouts([TEXT])[0], response_ids=(20, 20))
-    (logprob,) = score(
-        certain, [row], temperature=1.0, micro_batch=1, backend=Backend.REFERENCE
-    )
+    (logprob,) = score(certain, [row], temperature=1.0, micro_batch=1, backend=Backend.REFERENCE)
     assert logprob.abs().max() < 1e-6
 
 

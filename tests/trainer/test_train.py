@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from xopd.cli import main
 from xopd.config import Config, config_to_dict, dump_config, load_config
@@ -99,9 +98,7 @@ def test_evaluation_records(whole: Path) -> None:
     assert {"speech", "text", "teacher_text", "held_out_voice"} <= set(record)
 
 
-def test_the_audio_tower_stays_and_the_language_model_moves(
-    whole: Path, student: SpeechLM
-) -> None:
+def test_the_audio_tower_stays_and_the_language_model_moves(whole: Path, student: SpeechLM) -> None:
     trained = load_student(str(whole / "student"))
     for leaf, moves in (("audio_tower", False), ("visual", False), ("lm_head", True)):
         (before,) = leaf_modules(student.model, [leaf])
@@ -164,18 +161,14 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def wait_for(
-    child: multiprocessing.process.BaseProcess, is_reached: Callable[[], bool]
-) -> None:
+def wait_for(child: multiprocessing.process.BaseProcess, is_reached: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 60
     while child.is_alive() and not is_reached():
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
 
-def test_another_config_in_the_same_folder_is_refused(
-    whole: Path, make_config: MakeConfig
-) -> None:
+def test_another_config_in_the_same_folder_is_refused(whole: Path, make_config: MakeConfig) -> None:
     before = fingerprint(whole)
     with pytest.raises(RunError, match=r"optim\.learning_rate: 0\.001 -> 0\.002"):
         train(make_config(whole, *STATEFUL, "optim.learning_rate=2e-3"))
@@ -227,7 +220,9 @@ def exact_kl(student: SpeechLM, teacher: TextLM, rows: list[Rollout]) -> float:
                 inputs_embeds=lm.model.get_input_embeddings()(ids),
                 position_ids=position,
                 use_cache=False,
-            ).logits[0, first:-1].log_softmax(-1)
+            )
+            .logits[0, first:-1]
+            .log_softmax(-1)
             for lm in (student, teacher)
         )
         total += float((log_p.exp() * (log_p - log_q)).sum())
@@ -296,8 +291,6 @@ def test_minibatches_hold_both_modalities(rollouts: MakeRollouts) -> None:
     assert counts == [[3, 2], [2, 2]]
 
 
-def test_the_config_in_the_folder_is_the_resolved_one(
-    whole: Path, make_config: MakeConfig
-) -> None:
+def test_the_config_in_the_folder_is_the_resolved_one(whole: Path, make_config: MakeConfig) -> None:
     written = load_config(whole / "config.yaml", [])
     assert config_to_dict(written) == config_to_dict(make_config(whole, *STATEFUL))

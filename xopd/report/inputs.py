@@ -12,9 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from xopd.errors import UserError
 from xopd.metrics import METRICS_FILE, MetricsError, read_jsonl
 
 Record = Mapping[str, object]
+
+
+class ReportError(UserError):
+    """A folder that no report can be made of; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,9 @@ class RunInputs:
 
 
 def read_run(run_dir: Path) -> RunInputs:
-    """The inputs of a report. Raises FileNotFoundError where `run_dir` is no folder."""
+    """The inputs of a report. Raises ReportError where `run_dir` is no folder."""
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"{run_dir}: no such folder; give the out_dir of a run")
+        raise ReportError(f"{run_dir}: no such folder; give the out_dir of a run")
     notes: list[str] = []
     paths = sorted((run_dir / "eval").glob("step_*.json"))
     during = [read for path in paths if (read := _read_evaluation(path, notes)) is not None]

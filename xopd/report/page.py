@@ -26,7 +26,7 @@ def write_report(run_dir: Path) -> Path:
     """Writes `run_dir/report.html` and `run_dir/report/*.png`; returns the path of the page.
 
     Reads config.yaml, metrics.jsonl, samples.jsonl and eval/{before,after,step_*}.json. What is
-    missing or unusable is named on the page. Raises FileNotFoundError where `run_dir` is no folder.
+    missing or unusable is named on the page. Raises ReportError where `run_dir` is no folder.
     """
     run = read_run(run_dir)
     chart_dir = run_dir / "report"

@@ -76,7 +76,7 @@ def policy_loss(
 
     The student's hidden states go into ``linear_policy_loss`` inside ``lm_head.forward``.
     """
-    batch = layout(rows, as_teacher=False, pad_id=int(student.tokenizer.pad_token_id))
+    batch = layout(rows, student)
     teacher = [r.teacher_logprob for r in rows if r.teacher_logprob is not None]
     old = [r.old_logprob for r in rows if r.old_logprob is not None]
     if len(teacher) != len(rows):
@@ -106,7 +106,7 @@ def policy_loss(
             inputs_embeds=embed(student, batch), position_ids=positions(batch), use_cache=False
         ).logits
     fields = (result.logprob, result.advantage, result.is_clipped)
-    columns = [batch.gather(field.detach().cpu()) for field in fields]
+    columns = [[v.cpu() for v in batch.gather(field.detach())] for field in fields]
     stats = [
         TokenStats(row, logprob, advantage, clipped)
         for row, logprob, advantage, clipped in zip(rows, *columns, strict=True)

@@ -42,18 +42,20 @@ class TokenBatch:
         return list(flat.split([len(row.response_ids) for row in self.rows]))
 
 
-def layout(rows: Sequence[Rollout], *, as_teacher: bool, pad_id: int) -> TokenBatch:
-    """Lay rollouts out behind the student's prompt, or behind the text prompt for the teacher."""
+def layout(rows: Sequence[Rollout], lm: SpeechLM | TextLM) -> TokenBatch:
+    """Rollouts on the model's device: behind the text prompt for a TextLM, else the student's."""
+    as_teacher = isinstance(lm, TextLM)
     prompts = [r.prompt.text_ids if as_teacher else r.prompt.ids(r.modality) for r in rows]
     width = max(len(p) + len(r.response_ids) for p, r in zip(prompts, rows, strict=True))
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.long)
+    ids = torch.full((len(rows), width), int(lm.tokenizer.pad_token_id), dtype=torch.long)
     target = torch.full((len(rows), width), IGNORE, dtype=torch.long)
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         response = torch.tensor(row.response_ids)
         ids[i, : len(prompt)] = torch.tensor(prompt)
         ids[i, len(prompt) : len(prompt) + len(response)] = response
         target[i, len(prompt) - 1 : len(prompt) - 1 + len(response)] = response
-    return TokenBatch(ids=ids, target=target, rows=tuple(rows))
+    device = next(lm.model.parameters()).device
+    return TokenBatch(ids=ids.to(device), target=target.to(device), rows=tuple(rows))
 
 
 def positions(batch: TokenBatch) -> Tensor:
@@ -87,16 +89,11 @@ def score(
     A TextLM reads the text prompt whatever the rollout's modality: that is the cross-modal half
     of X-OPD (paper, eq. 2).
     """
-    as_teacher = isinstance(lm, TextLM)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].response_ids))
     scored: dict[int, Tensor] = {}
     for start in range(0, len(order), micro_batch):
         picked = order[start : start + micro_batch]
-        batch = layout(
-            [rows[i] for i in picked],
-            as_teacher=as_teacher,
-            pad_id=int(lm.tokenizer.pad_token_id),
-        )
+        batch = layout([rows[i] for i in picked], lm)
 
         def op(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor = batch.target):
             return linear_logprob(

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from xopd.models import SpeechLM, TextLM
+from xopd.models.demo import build_teacher
 from xopd.rollout import generate, sample_rollouts
 from xopd.scoring import IGNORE, layout, score
 from xopd.types import Modality, Prompt, Rollout
@@ -197,11 +199,11 @@ def test_scores_are_log_probabilities_of_the_head_with_its_bias(
     assert logprob.abs().max() < 1e-6
 
 
-def test_layout_by_hand(prompts: list[Prompt]) -> None:
+def test_layout_by_hand(student: SpeechLM, teacher: TextLM, prompts: list[Prompt]) -> None:
     one = replace(prompts[0], text_ids=(2, 3, 30), speech_ids=(2, 5, 5, 4))
     short = Rollout(one, SPEECH, (31, 1), is_finished=True)
     long = Rollout(one, TEXT, (40, 41, 42, 43), is_finished=False)
-    batch = layout([short, long], as_teacher=False, pad_id=0)
+    batch = layout([short, long], student)
     assert batch.ids.tolist() == [[2, 5, 5, 4, 31, 1, 0], [2, 3, 30, 40, 41, 42, 43]]
     x = IGNORE
     assert batch.target.tolist() == [[x, x, x, 31, 1, x, x], [x, x, 40, 41, 42, 43, x]]
@@ -209,4 +211,13 @@ def test_layout_by_hand(prompts: list[Prompt]) -> None:
     spread = batch.scatter(values)
     assert spread.tolist() == [[0, 0, 0, 1, 2, 0, 0], [0, 0, 3, 4, 5, 6, 0]]
     assert [v.tolist() for v in batch.gather(spread)] == [v.tolist() for v in values]
-    assert layout([short], as_teacher=True, pad_id=0).ids.tolist() == [[2, 3, 30, 31, 1]]
+    assert layout([short], teacher).ids.tolist() == [[2, 3, 30, 31, 1]]
+
+
+def test_a_batch_is_laid_out_where_the_model_is(
+    tokenizer: PreTrainedTokenizerFast, rollouts: MakeRollouts
+) -> None:
+    with torch.device("meta"):
+        elsewhere = TextLM(build_teacher(tokenizer, 0), tokenizer)
+    batch = layout(rollouts([TEXT]), elsewhere)
+    assert batch.ids.device.type == batch.target.device.type == "meta"

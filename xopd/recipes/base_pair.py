@@ -63,7 +63,7 @@ class BaseMixture:
 
 def nll(lm: SpeechLM | TextLM, rows: Sequence[Rollout]) -> Tensor:
     """Mean negative log-likelihood per response token, through ``linear_logprob``."""
-    batch = layout(rows, as_teacher=isinstance(lm, TextLM), pad_id=int(lm.tokenizer.pad_token_id))
+    batch = layout(rows, lm)
 
     def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear_logprob(hidden, weight, batch.target, bias=bias).logprob

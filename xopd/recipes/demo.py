@@ -69,13 +69,13 @@ def demo_config(paths: DemoPaths, models: Path, seed: int) -> Config:
     return Config(
         model=ModelConfig(student=str(models / "student"), teacher=str(models / "teacher")),
         data=DataConfig(path=str(paths.data), eval_limit=SIZES["test"]),
-        rollout=RolloutConfig(prompts_per_step=16, rollouts_per_prompt=4),
+        rollout=RolloutConfig(prompts_per_step=32, rollouts_per_prompt=4),
         loss=LossConfig(text_weight=0.5, advantage_clamp=2.0, center_advantage=True),
-        optim=OptimConfig(learning_rate=3e-4),
+        optim=OptimConfig(learning_rate=2e-4),
         train=TrainConfig(
-            steps=120,
+            steps=80,
             seed=seed,
-            checkpoint_every=40,
+            checkpoint_every=20,
             threads=THREADS,
             out_dir=str(paths.run(seed)),
         ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from xopd.config import (
     Dtype,
     ModelConfig,
     config_to_dict,
-    dump_config,
     load_config,
 )
 from xopd.data.corpus import SpokenPrompt, available_splits, load_corpus
@@ -39,6 +39,7 @@ _log = logging.getLogger(__name__)
 HELD_OUT_VOICE_SPLIT = "test_heldout_voice"
 SAMPLED_TASKS = 5
 SAMPLES = "samples.jsonl"
+AFTER = "eval/after.json"
 
 
 class RunError(UserError):
@@ -80,17 +81,15 @@ class Run:
     def progress(self, step: int) -> TrainProgress:
         return TrainProgress(self.config.train.steps, step)
 
-    def evaluate(self, name: str, *, step: int, skip_if_done: bool) -> None:
+    def evaluate(self, name: str, *, step: int) -> None:
         """Evaluate the student as it is now into ``eval/<name>.json``."""
-        path = self.directory / "eval" / f"{name}.json"
-        if skip_if_done and path.exists():
-            return
         record = evaluate_student(
             self.student,
             self.evaluation,
             step=step,
             max_new_tokens=self.config.rollout.max_new_tokens,
         )
+        path = self.directory / "eval" / f"{name}.json"
         write_atomically(path, json.dumps(record, indent=1).encode())
 
     def save_student(self) -> None:
@@ -99,17 +98,18 @@ class Run:
 
 
 def save_speech_lm(student: SpeechLM, folder: Path) -> None:
-    """Write a speech LLM so that ``load_student`` reads it back."""
-    student.model.save_pretrained(folder)
-    student.tokenizer.save_pretrained(folder)
-    student.feature_extractor.save_pretrained(folder)
+    """Write a speech LLM so that ``load_student`` reads it back; a crash leaves no half folder."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in (student.model, student.tokenizer, student.feature_extractor):
+        part.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def prepare(config: Config) -> Run:
     """Check everything, then load and encode: models, pair, prompts, audio, evaluation set."""
     torch.set_num_threads(config.train.threads)
-    directory = Path(config.train.out_dir)
-    claim_folder(directory, config)
     teacher, student = load_pair(config.model)
     student.freeze_all_but_language_model()
     records = load_corpus(Path(config.data.path), config.data.train_split)
@@ -121,7 +121,7 @@ def prepare(config: Config) -> Run:
     prompts = encode_prompts(student, records)
     check_prompts(student, prompts)
     evaluation = load_evaluation_set(config, student, teacher)
-    return Run(config, directory, student, teacher, prompts, evaluation)
+    return Run(config, Path(config.train.out_dir), student, teacher, prompts, evaluation)
 
 
 def load_pair(model: ModelConfig) -> tuple[TextLM, SpeechLM]:
@@ -159,8 +159,8 @@ def load_evaluation_set(config: Config, student: SpeechLM, teacher: TextLM) -> E
     )
 
 
-def claim_folder(directory: Path, config: Config) -> None:
-    """Make the run folder this config's own; a folder of another config is refused.
+def check_folder(directory: Path, config: Config) -> None:
+    """Refuse the run folder of another config, or one that is no run folder at all.
 
     The resolved config is what makes a resumed run the same run, so it must not change.
     """
@@ -181,7 +181,6 @@ def claim_folder(directory: Path, config: Config) -> None:
         return
     if directory.exists() and any(directory.iterdir()):
         raise RunError(f"{directory} is not empty and holds no config.yaml; choose a new out_dir.")
-    write_atomically(path, dump_config(config).encode())
 
 
 def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:

@@ -95,7 +95,12 @@ def score(
         picked = order[start : start + micro_batch]
         batch = layout([rows[i] for i in picked], lm)
 
-        def op(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor = batch.target):
+        def op(
+            hidden: Tensor,
+            weight: Tensor,
+            bias: Tensor | None,
+            target: Tensor = batch.target,
+        ) -> Tensor:
             return linear_logprob(
                 hidden, weight, target, bias=bias, temperature=temperature, backend=backend
             ).logprob

@@ -25,14 +25,15 @@ from xopd.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from xopd.config import Config
+from xopd.config import Config, dump_config
 from xopd.errors import UserError
+from xopd.files import write_atomically
 from xopd.loss import TokenStats, policy_loss, step_sizes
 from xopd.models import SpeechLM, TextLM
 from xopd.optimizer import build_optimizer, learning_rate
 from xopd.prompts import prompts_of_step
 from xopd.rollout import sample_rollouts
-from xopd.run import Run, kernel_backend, prepare, record_samples
+from xopd.run import AFTER, Run, check_folder, kernel_backend, prepare, record_samples
 from xopd.scoring import score
 from xopd.types import Modality, Rollout
 
@@ -69,9 +70,17 @@ def train(config: Config) -> Path:
     student/ (the trained model as safetensors), report.html. Raises GuardError before the first
     step when the models do not fit the method, TrainError when a step is not finite.
     """
+    directory = Path(config.train.out_dir)
+    check_folder(directory, config)
+    if (directory / AFTER).exists():
+        _log.info("%s is complete; nothing to train", directory)
+        return directory
     run = prepare(config)
+    # Only now: a config that cannot run must not claim the folder.
+    write_atomically(directory / "config.yaml", dump_config(config).encode())
     state = _resume(run)
-    run.evaluate("before", step=0, skip_if_done=True)
+    if state.step == 0:
+        run.evaluate("before", step=0)
     with run.log(state.step) as log, run.progress(state.step) as progress:
         while state.step < config.train.steps:
             record, stats = _step(run, state)
@@ -81,17 +90,18 @@ def train(config: Config) -> Path:
                 record_samples(run, state.step - 1, stats)
             _save_and_evaluate(run, state)
     run.save_student()
-    run.evaluate("after", step=state.step, skip_if_done=False)
-    return run.directory
+    run.evaluate("after", step=state.step)  # written last: it says that the run is complete
+    return directory
 
 
 def _save_and_evaluate(run: Run, state: LoopState) -> None:
     settings = run.config.train
     last = state.step == settings.steps
+    # Evaluated before the save: a run killed in between repeats the step and evaluates then.
+    if settings.eval_every and state.step % settings.eval_every == 0 and not last:
+        run.evaluate(f"step_{state.step:06d}", step=state.step)
     if last or (settings.checkpoint_every and state.step % settings.checkpoint_every == 0):
         _save(run, state)
-    if settings.eval_every and state.step % settings.eval_every == 0 and not last:
-        run.evaluate(f"step_{state.step:06d}", step=state.step, skip_if_done=False)
 
 
 def _step(run: Run, state: LoopState) -> tuple[dict[str, float | int], list[TokenStats]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from xopd.config import LossConfig
 from xopd.head import fused_head
 from xopd.models import SpeechLM
-from xopd.scoring import embed, layout, positions
+from xopd.scoring import embed, layout, positions, support_bias
 from xopd.types import Modality, Rollout
 from xopd_kernels import PolicyLoss, linear_policy_loss
 from xopd_kernels.backend import BackendChoice
@@ -96,7 +96,7 @@ def policy_loss(
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             advantage_clamp=config.advantage_clamp,
-            bias=bias,
+            bias=support_bias(student, weight, bias),
             temperature=temperature,
             backend=backend,
         )

@@ -221,7 +221,6 @@ def sample_record(student: SpeechLM, item: TokenStats) -> dict[str, object]:
 
 def evaluate_folder(config: Config) -> dict[str, object]:
     """Evaluate a student folder without training: the record of ``eval/*.json``."""
-    torch.set_num_threads(config.train.threads)
     teacher, student = load_pair(config.model)
     data = load_evaluation_set(config, student, teacher)
     return evaluate_student(student, data, step=0, max_new_tokens=config.rollout.max_new_tokens)

@@ -75,6 +75,20 @@ def embed(lm: SpeechLM | TextLM, batch: TokenBatch) -> Tensor:
     return lm.embed(batch.ids, speech)
 
 
+def support_bias(lm: SpeechLM | TextLM, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The lm_head bias [V] with -inf at ids that rollouts never sample; a TextLM's own bias.
+
+    Rollouts suppress reserved ids, so the policy that sampled is the softmax over the others.
+    Scoring over all of V would be another policy, and its update would reward mass on ids that
+    cannot be drawn.
+    """
+    if isinstance(lm, TextLM):
+        return bias
+    mask = weight.new_zeros(weight.shape[0])
+    mask[list(lm.reserved_ids)] = -torch.inf
+    return mask if bias is None else bias + mask
+
+
 @torch.no_grad()
 def score(
     lm: SpeechLM | TextLM,
@@ -102,7 +116,12 @@ def score(
             target: Tensor = batch.target,
         ) -> Tensor:
             return linear_logprob(
-                hidden, weight, target, bias=bias, temperature=temperature, backend=backend
+                hidden,
+                weight,
+                target,
+                bias=support_bias(lm, weight, bias),
+                temperature=temperature,
+                backend=backend,
             ).logprob
 
         with fused_head(lm.model.get_output_embeddings(), op):

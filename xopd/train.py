@@ -209,8 +209,8 @@ def _update(
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm))
         if not (torch.isfinite(torch.tensor([norm, total])).all()):
             raise TrainError(
-                f"loss {total} or gradient norm {norm} is not finite; the weights are untouched "
-                "since the last checkpoint. Lower optim.learning_rate or check the models."
+                f"loss {total} or gradient norm {norm} is not finite: stopped before the update. "
+                "Checkpoints are intact. Lower optim.learning_rate or check the models."
             )
         optimizer.step()
         losses.append(total)

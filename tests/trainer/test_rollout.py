@@ -78,8 +78,9 @@ def test_scores_equal_the_logits_that_were_sampled_from(
     original = student.model.generate
 
     def recording(**arguments: object) -> Tensor:
-        output = original(**arguments, return_dict_in_generate=True, output_logits=True)
-        at_generation.append(torch.stack(output.logits, dim=1))  # [B, T, V], unprocessed
+        output = original(**arguments, return_dict_in_generate=True, output_scores=True)
+        # [B, T, V] as sampled from: tempered, reserved ids at -inf.
+        at_generation.append(torch.stack(output.scores, dim=1))
         sequences: Tensor = output.sequences
         return sequences
 
@@ -95,7 +96,7 @@ def test_scores_equal_the_logits_that_were_sampled_from(
         batch_size=100,
     )
     scored = score(student, rows, temperature=temperature, micro_batch=4, backend=Backend.REFERENCE)
-    table = (at_generation[0].float() / temperature).log_softmax(-1)
+    table = at_generation[0].float().log_softmax(-1)
     for i, (row, logprob) in enumerate(zip(rows, scored, strict=True)):
         ids = torch.tensor(row.response_ids)
         expected = table[i, torch.arange(len(ids)), ids]

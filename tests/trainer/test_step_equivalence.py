@@ -44,7 +44,10 @@ def plain_logprob(student: SpeechLM, row: Rollout, temperature: float) -> Tensor
         embedded = torch.cat(parts, dim=1)
     position = torch.arange(ids.shape[1])[None]
     logits = student.model(inputs_embeds=embedded, position_ids=position, use_cache=False).logits
-    table = (logits[0, len(prompt) - 1 : -1].float() / temperature).log_softmax(-1)
+    # The policy that samples never draws a reserved id: softmax over the others.
+    allowed = logits[0, len(prompt) - 1 : -1].float().clone()
+    allowed[:, list(student.reserved_ids)] = -torch.inf
+    table = (allowed / temperature).log_softmax(-1)
     return table.gather(1, torch.tensor(row.response_ids)[:, None])[:, 0]
 
 

@@ -18,6 +18,7 @@ import torch
 
 from xopd.cli import main
 from xopd.config import Config, config_to_dict, dump_config, load_config
+from xopd.guards import check_pair
 from xopd.metrics import read_jsonl
 from xopd.models import SpeechLM, TextLM, load_student
 from xopd.models.speech_lm import leaf_modules
@@ -209,22 +210,26 @@ def test_lambda_one_or_zero_drops_a_modality(
 
 @torch.no_grad()
 def exact_kl(student: SpeechLM, teacher: TextLM, rows: list[Rollout]) -> float:
-    """Mean KL(student || teacher) in nats over the response tokens of text rollouts."""
+    """Mean KL(student || teacher) in nats over the response tokens of text rollouts.
+
+    The student is the policy that samples: no mass on reserved ids.
+    """
     total, tokens = 0.0, 0
+    allowed = [i for i in range(student.lm_head.out_features) if i not in student.reserved_ids]
     for row in rows:
         ids = torch.tensor([row.prompt.text_ids + row.response_ids])
         position = torch.arange(ids.shape[1])[None]
         first = len(row.prompt.text_ids) - 1
-        log_p, log_q = (
+        z_p, z_q = (
             lm.model(
                 inputs_embeds=lm.model.get_input_embeddings()(ids),
                 position_ids=position,
                 use_cache=False,
-            )
-            .logits[0, first:-1]
-            .log_softmax(-1)
+            ).logits[0, first:-1]
             for lm in (student, teacher)
         )
+        log_p = z_p[:, allowed].log_softmax(-1)
+        log_q = z_q.log_softmax(-1)[:, allowed]
         total += float((log_p.exp() * (log_p - log_q)).sum())
         tokens += len(row.response_ids)
     return total / tokens
@@ -277,8 +282,8 @@ def test_training_lowers_the_exact_kl_to_the_teacher(
         "optim.learning_rate=3e-4",
     )
     run = train(config)
-    before = exact_kl(new_student, sharp, rows)
-    after = exact_kl(load_student(str(run / "student")), sharp, rows)
+    before = exact_kl(check_pair(new_student, sharp), sharp, rows)
+    after = exact_kl(check_pair(load_student(str(run / "student")), sharp), sharp, rows)
     assert before > 0.5
     assert after < 0.5 * before
 

@@ -227,14 +227,15 @@ def wrap_student(
     """A SpeechLM around a Qwen3-Omni thinker that is already in memory."""
     config = model.config
     media = ("audio", "image", "video", "vision_start", "vision_end", "audio_start", "audio_end")
-    reserved = {getattr(config, f"{name}_token_id", None) for name in media}
-    reserved |= {tokenizer.pad_token_id, tokenizer.bos_token_id}
+    ids = [getattr(config, f"{name}_token_id", None) for name in media]
+    ids += [tokenizer.pad_token_id, tokenizer.bos_token_id]
+    reserved = {int(i) for i in ids if i is not None} - {tokenizer.eos_token_id}
     return SpeechLM(
         model=model,
         tokenizer=tokenizer,
         feature_extractor=feature_extractor,
         audio_id=int(config.audio_token_id),
-        reserved_ids=tuple(sorted(int(i) for i in reserved - {None, tokenizer.eos_token_id})),
+        reserved_ids=tuple(sorted(reserved)),
     )
 
 

@@ -170,7 +170,7 @@ def align_tower(
         audio = torch.cat(student.encode_audio([c.features for c in batch]))
         target = torch.cat([label[id(c)] for c in batch])
         scores = 16.0 * F.normalize(audio, dim=-1) @ direction.T
-        pull = (audio.norm(dim=-1) - norm).square().mean()
+        pull: Tensor = (audio.norm(dim=-1) - norm).square().mean()
         return F.cross_entropy(scores, target) + 1e-2 * pull
 
     _optimize("align", stage, list(tower.parameters()), loss, log)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from xopd.recipes.demo import Row, markdown_table
 
 DOCUMENTS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -132,3 +135,11 @@ def test_a_tree_is_read() -> None:
     text = "pkg/       what\n  a.py     one\n           goes on\n  sub/\n    b.py\nREADME.md\n"
     assert tree_paths(text) == ["pkg/", "pkg/a.py", "pkg/sub/", "pkg/sub/b.py", "README.md"]
     assert tree_paths("$ make demo\nok\n") == []
+
+
+def test_the_demo_table_is_the_measured_one(repository: Path) -> None:
+    """The README's figures come from the summary that the demo wrote, digit by digit."""
+    summary = json.loads(read(repository, "docs/demo/summary.json"))
+    rows = [Row(**row) for row in summary["rows"]]
+    assert len(summary["seeds"]) >= 3
+    assert markdown_table(rows) in read(repository, "README.md")

@@ -1,5 +1,6 @@
 """The Triton kernels in Triton's interpreter: TRITON_INTERPRET=1 pytest -m interpret."""
 
+import contextlib
 import os
 
 import pytest
@@ -203,3 +204,42 @@ def test_narrow_rounds_to_nearest_even():
     out = torch.empty(4096, dtype=torch.bfloat16)
     narrow_kernel[(1,)](x, out, 4096)
     assert torch.equal(out, x.bfloat16())
+
+
+@pytest.mark.parametrize("op", ["score", "gradient", "policy"])
+def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
+    from xopd_kernels import target
+    from xopd_kernels.linear_logprob import triton as logprob
+    from xopd_kernels.linear_policy_loss import triton as policy
+
+    guards: list[int] = []  # those that are open
+    unguarded: list[str] = []
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        guards.append(tensor.get_device())
+        yield
+        guards.pop()
+
+    class Watched:
+        def __init__(self, name, kernel):
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid):
+            if not guards:
+                unguarded.append(self.name)
+            return self.kernel[grid]
+
+    monkeypatch.setattr(target, "device_guard", guard)
+    monkeypatch.setattr(policy, "device_guard", guard)
+    for module in (logprob, policy):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
+    x = make_inputs(6, 9, 5, torch.float32)
+    if op == "policy":
+        out = linear_policy_loss(*x[:2], x.target, advantage=torch.ones(6), **TRITON).loss
+    else:
+        out = linear_logprob(*x[:2], x.target, needs_entropy=True, **TRITON).logprob.sum()
+    if op == "gradient":
+        out.backward()
+    assert unguarded == []

@@ -310,6 +310,18 @@ def test_opcheck(needs_entropy):
     torch.library.opcheck(linear_logprob_backward_op, args)
 
 
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_gradients_of_strided_inputs_are_what_the_fake_promises(which):
+    x = make_inputs(6, 9, 5, torch.float32)
+    strided = x._replace(**{which: getattr(x, which).detach().t().contiguous().t()})
+    target = x.target.clamp(min=0)  # all rows live: nothing is gathered into a fresh tensor
+    scalars = (0.9, None, 1.0, "", -100)
+    args = (*(t.detach() for t in strided[:3]), target, *scalars, False, "reference")
+    rows = linear_logprob_op(*args)
+    args = (*rows, *rows, *args[:4], *scalars, True, True, True, "reference")
+    torch.library.opcheck(linear_logprob_backward_op, args)
+
+
 def test_compiles_as_one_graph():
     inputs = make_inputs(8, 9, 5, torch.float32)
 

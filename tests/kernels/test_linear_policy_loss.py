@@ -288,6 +288,16 @@ def test_opcheck():
     torch.library.opcheck(linear_policy_loss_op, args)
 
 
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_gradients_of_strided_inputs_are_what_the_fake_promises(which):
+    x, terms = make_case((6, 9, 5), torch.float32)
+    strided = getattr(x, which).detach().t().contiguous().t().requires_grad_()
+    x = x._replace(**{which: strided, "target": x.target.clamp(min=0)})  # all rows live
+    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, "reference")
+    args = (*x, terms.teacher_logprob, None, None, None, *scalars)
+    torch.library.opcheck(linear_policy_loss_op, args)
+
+
 def test_compiles_as_one_graph():
     inputs, terms = make_case((8, 9, 5), torch.float32)
 

@@ -235,10 +235,11 @@ class GradientSum(NamedTuple):
     def of(cls, hidden: Tensor, softmax: ChunkSoftmax, wanted: Wanted) -> "GradientSum":
         """Zeros for what is wanted; `hidden` [n, D] are the live rows."""
         weight, dtype = softmax.head.weight, softmax.dtype
+        # new_*, not *_like: contiguous, as the fake kernels promise, whatever the inputs' strides.
         return cls(
             softmax,
-            torch.empty_like(hidden) if wanted.hidden else None,
-            torch.zeros_like(weight, dtype=dtype) if wanted.weight else None,
+            hidden.new_empty(hidden.shape) if wanted.hidden else None,
+            weight.new_zeros(weight.shape, dtype=dtype) if wanted.weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if wanted.bias else None,
         )
 

@@ -38,17 +38,18 @@ def forward(
     rows = hidden.new_zeros(count, len(target), dtype=torch.float32)
     for part, live_count in live.parts():
         partial = pipeline.run_logits(part, live_count, None, needs_entropy)
-        statistics_kernel[(triton.cdiv(partial.shape[2], ROWS_PER_PROGRAM),)](
-            partial,
-            pipeline.target_logit[part],
-            live_count,
-            rows[0, part],
-            rows[1, part],
-            rows[2, part] if needs_entropy else None,
-            partial.shape[2],
-            partial.shape[1],
-            ROWS_PER_PROGRAM,
-        )
+        with device_target.device_guard(rows):
+            statistics_kernel[(triton.cdiv(partial.shape[2], ROWS_PER_PROGRAM),)](
+                partial,
+                pipeline.target_logit[part],
+                live_count,
+                rows[0, part],
+                rows[1, part],
+                rows[2, part] if needs_entropy else None,
+                partial.shape[2],
+                partial.shape[1],
+                ROWS_PER_PROGRAM,
+            )
     logprob, lse, *entropy = (live.spread(x) for x in rows)
     return LinearLogprob(logprob, lse, entropy[0] if needs_entropy else rows.new_empty(0))
 

@@ -2,9 +2,10 @@
 
 The kernel forms A_t = clamp(log pi_T(y_t | x_text, y_<t) - log pi_theta(y_t | x, y_<t)) from
 ``teacher_logprob`` while it computes the student's log-prob. A constant b that does not depend on
-the sampled tokens can be subtracted from A without changing the expected gradient (the score
-function has mean zero); it enters by shifting ``teacher_logprob``. b is a running mean of A per
-modality over *earlier* steps: it costs no extra pass.
+the sampled tokens lowers the variance of A - b; it enters by shifting ``teacher_logprob``, before
+the clamp. b is a running mean of A per modality over *earlier* steps: it costs no extra pass. With
+a token mean it leaves the expected gradient alone (the score function has mean zero); with
+sequence means, weighted by 1/|y|, it adds a slight pressure on the length.
 """
 
 from __future__ import annotations

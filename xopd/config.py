@@ -124,7 +124,7 @@ class RolloutConfig(Section):
     temperature: Annotated[float, Range(0.0, 100.0, low_open=True)] = 1.0
     """Sampling temperature; log-probabilities are taken at the same temperature."""
     batch_size: _Count = 128
-    """Rows per generate call. A memory knob."""
+    """Rows per generate call. A memory knob, but another value draws other samples."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class OptimConfig(Section):
     """AdamW and its learning-rate schedule."""
 
     learning_rate: _UnitFloat = 2e-6
-    """Peak learning rate."""
+    """Learning rate before warm-up and decay are applied."""
     beta1: _Beta = 0.9
     """Decay of the first moment."""
     beta2: _Beta = 0.95
@@ -164,7 +164,7 @@ class OptimConfig(Section):
     warmup_steps: _CountOrZero = 10
     """Steps of linear warm-up from 0."""
     cosine_decay: bool = True
-    """Cosine decay to 0 after the warm-up; false: constant."""
+    """Times half a cosine from 1 to 0 over all steps, warm-up included; false: no decay."""
     max_grad_norm: Annotated[float, Range(0.0, 1_000_000.0, low_open=True)] = 1.0
     """Gradients are scaled down to this global L2 norm."""
 
@@ -207,7 +207,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        # Each modality is shuffled into minibatches; an empty one would be a step on no data.
+        # Each modality is dealt out to minibatches; an empty one would be a step on no data.
         rollouts = self.rollout.prompts_per_step * self.rollout.rollouts_per_prompt
         if self.loss.minibatches > rollouts:
             raise ConfigError(

@@ -23,7 +23,7 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of 0-based ``step`` of ``steps``: linear warm-up, then cosine to 0 or constant."""
+    """rate * min(1, (step+1)/warmup) * (1 + cos(pi step/steps))/2 of 0-based ``step``."""
     warm = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     decay = 0.5 * (1.0 + math.cos(math.pi * step / steps)) if config.cosine_decay else 1.0
     return config.learning_rate * warm * decay

@@ -62,7 +62,15 @@ def generate(
         eos_token_id=lm.eos_id,
         use_cache=True,
     )
-    output = model.generate(inputs_embeds=embedded, attention_mask=mask, generation_config=settings)
+    # What settings leaves open, generate would take from the checkpoint's own generation config: a
+    # repetition penalty there would sample another policy than the one that is scored.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        output = model.generate(
+            inputs_embeds=embedded, attention_mask=mask, generation_config=settings
+        )
+    finally:
+        model.generation_config = own
     return [_until_eos(row, lm.eos_id) for row in output.tolist()]
 
 

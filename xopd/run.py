@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -40,6 +41,15 @@ HELD_OUT_VOICE_SPLIT = "test_heldout_voice"
 SAMPLED_TASKS = 5
 SAMPLES = "samples.jsonl"
 AFTER = "eval/after.json"
+LOCK = ".lock"
+# Fields that a resumed run may change: they do not enter the mathematics.
+MAY_CHANGE = frozenset(
+    f"train.{name}"
+    for name in (
+        *("micro_batch", "threads", "eval_every", "checkpoint_every", "keep_checkpoints"),
+        *("out_dir", "tensorboard"),
+    )
+)
 
 
 class RunError(UserError):
@@ -113,6 +123,8 @@ def prepare(config: Config) -> Run:
     teacher, student = load_pair(config.model)
     student.freeze_all_but_language_model()
     records = load_corpus(Path(config.data.path), config.data.train_split)
+    if not records:
+        raise RunError(f"split {config.data.train_split!r} of {config.data.path} has no rows.")
     answer = student.tokenizer(records[0].solution, add_special_tokens=False).input_ids
     change = check_audio_dependence(
         student, records[0], response_ids=answer, backend=kernel_backend(config)
@@ -162,7 +174,8 @@ def load_evaluation_set(config: Config, student: SpeechLM, teacher: TextLM) -> E
 def check_folder(directory: Path, config: Config) -> None:
     """Refuse the run folder of another config, or one that is no run folder at all.
 
-    The resolved config is what makes a resumed run the same run, so it must not change.
+    The resolved config is what makes a resumed run the same run, so only fields that say how the
+    work is cut up or stored may change.
     """
     path = directory / "config.yaml"
     if path.exists():
@@ -171,29 +184,49 @@ def check_folder(directory: Path, config: Config) -> None:
             f"{section}.{name}: {before[section][name]!r} -> {value!r}"
             for section, values in now.items()
             for name, value in values.items()
-            if before[section][name] != value
+            if before[section][name] != value and f"{section}.{name}" not in MAY_CHANGE
         ]
         if changed:
             raise RunError(
                 f"{directory} holds a run with another config ({'; '.join(changed)}). "
                 "Set train.out_dir to a new folder, or undo the change to resume."
             )
-        return
-    if directory.exists() and any(directory.iterdir()):
-        raise RunError(f"{directory} is not empty and holds no config.yaml; choose a new out_dir.")
+    elif directory.is_dir() and any(entry.name != LOCK for entry in directory.iterdir()):
+        raise RunError(
+            f"train.out_dir {directory} is not empty and holds no config.yaml; choose a new folder."
+        )
+
+
+@contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Make the run folder and hold it; the lock ends with the process, however that ends."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = (directory / LOCK).open("w")
+    except OSError as error:
+        raise RunError(f"train.out_dir {directory} cannot be used: {error}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunError(
+                f"{directory} is in use by another process; wait for it, or choose another "
+                "train.out_dir."
+            ) from error
+        yield
 
 
 def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:
-    """Keep one rollout of each task and modality of the step for the report."""
+    """Keep one rollout, of median length, of each task and modality for the report."""
     path = run.directory / SAMPLES
     # A resumed run may repeat a step: what it wrote before is replaced.
     kept = [s for s in read_jsonl(path) if s["step"] < step] if path.exists() else []
     for modality in Modality:
-        of_task: dict[str, TokenStats] = {}  # one rollout of each task: what differs is shown
-        for item in stats:
+        of_task: dict[str, list[TokenStats]] = {}
+        for item in sorted(stats, key=lambda s: len(s.rollout.response_ids)):
             if item.rollout.modality is modality:
-                of_task.setdefault(item.rollout.prompt.task, item)
-        picked = list(of_task.values())[:SAMPLED_TASKS]
+                of_task.setdefault(item.rollout.prompt.task, []).append(item)
+        picked = [items[len(items) // 2] for items in of_task.values()][:SAMPLED_TASKS]
         kept += [{"step": step, **sample_record(run.student, item)} for item in picked]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(path, lines.encode())

@@ -33,7 +33,15 @@ from xopd.models import SpeechLM, TextLM
 from xopd.optimizer import build_optimizer, learning_rate
 from xopd.prompts import prompts_of_step
 from xopd.rollout import sample_rollouts
-from xopd.run import AFTER, Run, check_folder, kernel_backend, prepare, record_samples
+from xopd.run import (
+    AFTER,
+    Run,
+    check_folder,
+    exclusive,
+    kernel_backend,
+    prepare,
+    record_samples,
+)
 from xopd.scoring import score
 from xopd.types import Modality, Rollout
 
@@ -71,10 +79,16 @@ def train(config: Config) -> Path:
     step when the models do not fit the method, TrainError when a step is not finite.
     """
     directory = Path(config.train.out_dir)
-    check_folder(directory, config)
-    if (directory / AFTER).exists():
-        _log.info("%s is complete; nothing to train", directory)
-        return directory
+    check_folder(directory, config)  # before anything is written there
+    with exclusive(directory):
+        if (directory / AFTER).exists():
+            _log.info("%s is complete; nothing to train", directory)
+        else:
+            _train(config, directory)
+    return directory
+
+
+def _train(config: Config, directory: Path) -> None:
     run = prepare(config)
     # Only now: a config that cannot run must not claim the folder.
     write_atomically(directory / "config.yaml", dump_config(config).encode())
@@ -91,7 +105,6 @@ def train(config: Config) -> Path:
             _save_and_evaluate(run, state)
     run.save_student()
     run.evaluate("after", step=state.step)  # written last: it says that the run is complete
-    return directory
 
 
 def _save_and_evaluate(run: Run, state: LoopState) -> None:
@@ -193,11 +206,11 @@ def _update(
         total = 0.0
         ordered = sorted(minibatch, key=lambda r: len(r.prompt.ids(r.modality) + r.response_ids))
         for start in range(0, len(ordered), config.train.micro_batch):
-            part = [centred(r, baseline) for r in ordered[start : start + config.train.micro_batch]]
+            part = ordered[start : start + config.train.micro_batch]
             with run.autocast():
                 loss, found = policy_loss(
                     run.student,
-                    part,
+                    [centred(r, baseline) for r in part],
                     sizes,
                     config.loss,
                     temperature=config.rollout.temperature,
@@ -205,7 +218,8 @@ def _update(
                 )
             loss.backward()
             total += float(loss.detach())
-            stats += found
+            # Statistics keep the teacher's own log-probs: KL and the next baseline need them.
+            stats += [replace(s, rollout=r) for s, r in zip(found, part, strict=True)]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.optim.max_grad_norm))
         if not (torch.isfinite(torch.tensor([norm, total])).all()):
             raise TrainError(

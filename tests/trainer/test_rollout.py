@@ -222,3 +222,19 @@ def test_a_batch_is_laid_out_where_the_model_is(
         elsewhere = TextLM(build_teacher(tokenizer, 0), tokenizer)
     batch = layout(rollouts([TEXT]), elsewhere)
     assert batch.ids.device.type == batch.target.device.type == "meta"
+
+
+def test_the_checkpoints_generation_config_does_not_change_sampling(
+    new_student: SpeechLM, prompts: list[Prompt]
+) -> None:
+    rows = [p.text_ids for p in prompts[:3]]
+
+    def sample() -> list[tuple[int, ...]]:
+        torch.manual_seed(3)
+        return generate(new_student, rows, [], max_new_tokens=8, temperature=1.0)
+
+    expected = sample()
+    own = new_student.model.generation_config
+    own.repetition_penalty, own.no_repeat_ngram_size, own.min_p = 5.0, 1, 0.5
+    assert sample() == expected
+    assert new_student.model.generation_config is own

@@ -23,7 +23,7 @@ from xopd.metrics import read_jsonl
 from xopd.models import SpeechLM, TextLM, load_student
 from xopd.models.speech_lm import leaf_modules
 from xopd.rollout import sample_rollouts
-from xopd.run import RunError, save_speech_lm
+from xopd.run import RunError, exclusive, save_speech_lm
 from xopd.train import TrainError, minibatches, train
 from xopd.types import Modality, Prompt, Rollout
 
@@ -299,3 +299,39 @@ def test_minibatches_hold_both_modalities(rollouts: MakeRollouts) -> None:
 def test_the_config_in_the_folder_is_the_resolved_one(whole: Path, make_config: MakeConfig) -> None:
     written = load_config(whole / "config.yaml", [])
     assert config_to_dict(written) == config_to_dict(make_config(whole, *STATEFUL))
+
+
+def test_a_second_process_is_kept_out(make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(tmp_path / "run")
+    with exclusive(tmp_path / "run"), pytest.raises(RunError, match="in use by another process"):
+        train(config)
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_an_out_dir_that_is_a_file_is_refused(make_config: MakeConfig, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("not a folder")
+    with pytest.raises(RunError, match=r"train\.out_dir"):
+        train(make_config(tmp_path / "run"))
+
+
+def test_the_logged_kl_is_the_true_one_with_a_baseline(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """At learning rate 0 the rollouts of both runs are the same; only the baseline differs."""
+    logged = []
+    for name, center in (("plain", "false"), ("centred", "true")):
+        config = make_config(
+            tmp_path / name, f"loss.center_advantage={center}", "optim.learning_rate=0"
+        )
+        logged.append(read_jsonl(train(config) / "metrics.jsonl"))
+    keys = ("kl_text", "kl_speech")
+    plain, centred = ([[line[key] for key in keys] for line in lines] for lines in logged)
+    assert plain == centred
+    losses = [[line["loss"] for line in lines] for lines in logged]
+    assert losses[0] != losses[1]  # the baseline did act
+
+
+def test_memory_knobs_may_change_on_resume(make_config: MakeConfig, tmp_path: Path) -> None:
+    run = train(make_config(tmp_path / "run"))
+    (run / "eval" / "after.json").unlink()
+    assert train(make_config(tmp_path / "run", "train.micro_batch=2")) == run

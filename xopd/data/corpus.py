@@ -100,6 +100,10 @@ def decode_audio(prompt: SpokenPrompt) -> npt.NDArray[np.float32]:
     try:
         with sf.SoundFile(io.BytesIO(prompt.audio)) as file:
             rate_hz, channels, header_samples = file.samplerate, file.channels, file.frames
+            if header_samples > DURATION_LIMITS_S[1] * max(rate_hz, 1):
+                # Refused before it is decoded: a small file can promise hours of silence.
+                longest_s = DURATION_LIMITS_S[1]
+                raise CorpusError(f"{where}: the clip is longer than {longest_s} s; cut it")
             samples = file.read(dtype="float32", always_2d=True)[:, 0]
     except sf.LibsndfileError as error:
         raise CorpusError(

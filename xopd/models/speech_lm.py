@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -182,11 +183,12 @@ def _check_folder(path: str) -> None:
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """transformers reports a missing file, repository or connection as OSError: name the model."""
+    """Name the model in what transformers and safetensors raise for a folder that does not load."""
     try:
         yield
-    except OSError as error:
-        raise ModelError(f"cannot load model {path!r}: {error}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+        raise ModelError(f"cannot load model {path!r}: {reason}") from error
 
 
 def load_student(

@@ -58,7 +58,6 @@ class LoopState:
 
     optimizer: torch.optim.AdamW
     step: int = 0  # steps done
-    tokens: int = 0  # response tokens trained on so far
     baseline: Baseline = field(default_factory=Baseline)
 
 
@@ -75,8 +74,9 @@ def train(config: Config) -> Path:
     """Run the configured training, or continue it where its last checkpoint stopped.
 
     Returns the run folder: config.yaml, metrics.jsonl, eval/*.json, samples.jsonl, checkpoints/,
-    student/ (the trained model as safetensors), report.html. Raises GuardError before the first
-    step when the models do not fit the method, TrainError when a step is not finite.
+    student/ (the trained model as safetensors). Raises RunError for a folder that is in use or of
+    another config, GuardError before the first step when the models do not fit the method, and
+    TrainError when a step is not finite.
     """
     directory = Path(config.train.out_dir)
     check_folder(directory, config)  # before anything is written there
@@ -135,7 +135,6 @@ def _step(run: Run, state: LoopState) -> tuple[dict[str, float | int], list[Toke
     record = step_record(state.step, stats, timing)
     record |= {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     state.step += 1
-    state.tokens += int(record["tokens"])
     for modality in Modality:
         key = f"kl_{modality.value}"
         if key in record:
@@ -280,7 +279,6 @@ def _save(run: Run, state: LoopState) -> None:
         {
             "optimizer": packed.state,
             "step": state.step,
-            "tokens": state.tokens,
             "baseline": asdict(state.baseline),
         },
         keep=run.config.train.keep_checkpoints,
@@ -302,7 +300,7 @@ def _resume(run: Run) -> LoopState:
             parameter.copy_(tensors["student"][name])
     packed = Packed(tensors["optimizer"], saved["optimizer"])
     state.optimizer.load_state_dict(unpack_optimizer(packed))
-    state.step, state.tokens = saved["step"], saved["tokens"]
+    state.step = saved["step"]
     state.baseline = Baseline(**saved["baseline"])
     _log.info("resuming %s after step %d", run.directory, state.step)
     return state

@@ -122,12 +122,13 @@ def _matmul_scalars(is_weight: bool) -> tuple[str, ...]:
 def _row_jobs(arch: int) -> Iterator[Job]:
     """The kernels without a GEMM."""
     f = "*fp32"
-    types: tuple[str | None, ...] = (f, f, "*i32", f, f, f, "i32", "i32")
+    types: tuple[str | None, ...] = (f, f, "*i32", f, f, f, f, f, "i32", "i32")
     block = (config.ROWS_PER_PROGRAM,)
     yield Job("statistics", arch, statistics_kernel, types, block, 4, 3, False)
     types = (f, f, "*i32", f, None, f, f, f, "i32", "i32", "i32", "fp32", "fp32", "fp32")
     yield Job("policy", arch, policy_kernel, types, block, 4, 3, False)
-    types = (f, "*bf16", "*i64", "*i32", f, f, f, f, f, f, "i32", "i32", "fp32", "fp32")
+    rows = (f,) * 7
+    types = (f, "*bf16", "*i64", "*i32", *rows, "i32", "i32", "fp32", "fp32")
     block, warps = (config.GRADIENT_BLOCK_V,), config.GRADIENT_WARPS
     yield Job("gradient", arch, gradient_kernel, types, block, warps, 1, False)
 

@@ -55,8 +55,12 @@ def make_inputs(
     distribution: Distribution = Distribution.RANDOM,
     device: str = "cpu",
     seed: int = 0,
+    offset: float = 0.0,
 ) -> Inputs:
-    """Inputs that depend on the arguments alone; one target in eight is ignored (-100)."""
+    """Inputs that depend on the arguments alone; one target in eight is ignored (-100).
+
+    `offset` is added to the bias of every class: the softmax is that of offset 0, its lse is not.
+    """
     rng = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab_size, dim, generator=rng) / math.sqrt(dim)
     hidden = torch.randn(rows, dim, generator=rng)
@@ -74,7 +78,8 @@ def make_inputs(
         boost[1::2] *= 0.3
         hidden = 0.3 * hidden + boost * own
     target[torch.rand(rows, generator=rng) < 0.125] = -100
-    leaves = (x.to(device=device, dtype=dtype).requires_grad_() for x in (hidden, weight, bias))
+    tensors = (hidden, weight, bias + offset)
+    leaves = (x.to(device=device, dtype=dtype).requires_grad_() for x in tensors)
     return Inputs(*leaves, target.to(device))  # type: ignore[call-arg]
 
 

@@ -109,6 +109,30 @@ def test_policy_loss(dtype, shape, transform, chunk, monkeypatch):
     assert_budget(("logprob", "hidden", "weight", "bias"), *results)
 
 
+@pytest.mark.parametrize("offset", [-1024.0, 8192.0])
+@pytest.mark.parametrize("op", ["logprob", "policy"])
+def test_gradients_of_a_common_offset(op, offset):
+    """lse rounds to ulp(offset): gradients by way of exp(z - lse) would be off by as much."""
+    inputs = make_inputs(40, 300, 20, torch.float32, offset=offset)
+    advantage = torch.randn(40, generator=torch.Generator().manual_seed(1))
+    results = []
+    for x in (inputs, inputs, inputs.to(torch.float64)):
+        head = make_head(x, True)
+        if op == "logprob" and not results:
+            call = {"bias": x.bias, "needs_entropy": True, **TRITON}
+            value = project(linear_logprob(*x[:2], x.target, **call))
+        elif op == "logprob":
+            value = project(dense_logprob(x.hidden, head, x.target))
+        elif not results:
+            call = {"bias": x.bias, "advantage": advantage, **TRITON}
+            value = linear_policy_loss(*x[:2], x.target, **call).loss
+        else:
+            terms = PolicyTerms(None, advantage, None, None, 0.2, 0.2, 10.0)
+            value = dense_policy_loss(x.hidden, head, x.target, terms).loss
+        results.append(gradients(value, x))
+    assert_budget(("hidden", "weight", "bias"), *results)
+
+
 @pytest.mark.parametrize("has_old", [False, True])
 @pytest.mark.parametrize("has_teacher", [False, True])
 def test_policy_terms_equal_the_reference(has_old, has_teacher):

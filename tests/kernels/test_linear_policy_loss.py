@@ -162,6 +162,31 @@ def test_error_budget(dtype, distribution, shape):
         assert_within_budget(name, *values)
 
 
+@pytest.mark.parametrize("offset", [-1024.0, 1024.0, 8192.0])
+def test_error_budget_of_a_common_offset(offset):
+    inputs = make_inputs(64, 1000, 48, torch.float32, offset=offset)
+    advantage = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    given = PolicyTerms(None, advantage, None, None, 0.2, 0.2, 10.0)
+    out = linear_policy_loss(*inputs[:2], inputs.target, bias=inputs.bias, advantage=advantage)
+    results = [gradients(out.loss, inputs)]
+    for x in (inputs, inputs.to(torch.float64)):
+        loss = dense_policy_loss(x.hidden, make_head(x, True), x.target, given).loss
+        results.append(gradients(loss, x))
+    for name, *values in zip(("hidden", "weight", "bias"), *results, strict=True):
+        assert_within_budget(name, *values)
+
+
+@pytest.mark.parametrize("name", ["teacher_logprob", "advantage", "old_logprob", "token_weight"])
+def test_the_per_token_inputs_are_constants(name):
+    inputs, terms = make_case((9, 7, 5), torch.float32)
+    call = {"advantage": terms.teacher_logprob}
+    if name == "teacher_logprob":
+        call = {}
+    call[name] = terms.teacher_logprob.clone().requires_grad_()
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    assert not linear_policy_loss(hidden, weight, inputs.target, **call).loss.requires_grad
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     rows=st.integers(0, 20),

@@ -57,7 +57,8 @@ def linear_logprob(
 
     Raises:
         TypeError, ValueError: an input is wrong; nothing was computed. A target out of range
-            raises on the CPU; on a CUDA device it gives a NaN logprob, as reading it would stall.
+            raises on the CPU; on a CUDA device it gives a NaN logprob, as reading it would stall,
+            and the row's gradient is finite but lacks its target.
         BackendUnavailableError: an explicit backend cannot run here.
         RuntimeError: the gradient is differentiated again.
 

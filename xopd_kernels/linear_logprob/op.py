@@ -68,8 +68,6 @@ def linear_logprob_backward_op(
     d_logprob: Tensor,
     d_lse: Tensor,
     d_entropy: Tensor,
-    logprob: Tensor,
-    lse: Tensor,
     entropy: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -88,14 +86,13 @@ def linear_logprob_backward_op(
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] for each that is not wanted."""
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     upstream = LinearLogprob(d_logprob, d_lse, d_entropy)
-    saved = LinearLogprob(logprob, lse, entropy)
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
     chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import backward
 
-        return backward(upstream, saved, hidden, head, target, ignore_index, wanted)
-    return reference.backward(upstream, saved, hidden, head, target, ignore_index, wanted)
+        return backward(upstream, entropy, hidden, head, target, ignore_index, wanted)
+    return reference.backward(upstream, entropy, hidden, head, target, ignore_index, wanted)
 
 
 @linear_logprob_backward_op.register_fake
@@ -103,8 +100,6 @@ def _(
     d_logprob: Tensor,
     d_lse: Tensor,
     d_entropy: Tensor,
-    logprob: Tensor,
-    lse: Tensor,
     entropy: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -142,20 +137,18 @@ def raise_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
     hidden, weight, bias, target, *scalars = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, *output)
+    ctx.save_for_backward(hidden, weight, bias, target, output[2])
     ctx.scalars = scalars
 
 
 def _backward(ctx: Any, d_logprob: Tensor, d_lse: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
-    hidden, weight, bias, target, logprob, lse, entropy = ctx.saved_tensors
+    hidden, weight, bias, target, entropy = ctx.saved_tensors
     *transform, vocab_group, ignore_index, _, backend = ctx.scalars
     wanted = Wanted(*ctx.needs_input_grad[:3])
     gradients = linear_logprob_backward_op(
         d_logprob,
         d_lse,
         d_entropy,
-        logprob,
-        lse,
         entropy,
         hidden,
         weight,

@@ -44,7 +44,7 @@ def forward(
 
 def backward(
     upstream: LinearLogprob,
-    saved: LinearLogprob,
+    entropy: Tensor,
     hidden: Tensor,
     head: Head,
     target: Tensor,
@@ -54,30 +54,34 @@ def backward(
     """Gradients from recomputed logits: U + U for each of d_hidden, d_weight that is wanted.
 
     d_logit = g * (1[y] - p) + g_lse * p - g_entropy * p * (log p + entropy), per row, with
-    `upstream` = (g, g_lse, g_entropy) and `saved` the result of `forward`.
+    `upstream` = (g, g_lse, g_entropy) and `entropy` from `forward`. p = exp(z - maximum) / total:
+    exp(z - lse) would lose the digits that lse loses by rounding where it is far from 0.
     """
     live = LiveRows.of(target != ignore_index)
     has_entropy = upstream.entropy.numel() > 0
     softmax = ChunkSoftmax.of(head, live.take(target), has_entropy)
     rows_hidden = live.take(hidden)
     gradient = GradientSum.of(rows_hidden, softmax, wanted)
-    up, kept = (LinearLogprob(*(live.take_any(x) for x in rows)) for rows in (upstream, saved))
+    up = LinearLogprob(*(live.take_any(x) for x in upstream))
+    entropy = live.take_any(entropy)
     for part in softmax.parts():
         chunk_hidden = rows_hidden[part].to(softmax.dtype)
-        z = softmax.logits(chunk_hidden)
-        log_p = z.sub_(kept.lse[part, None]).clamp_(min=_LOG_ZERO)
-        log_p_target = kept.logprob[part].clamp(min=_LOG_ZERO)
+        stats = softmax.forward(chunk_hidden, part)
+        d_logit = softmax.buffer[: len(chunk_hidden)]
+        log_p_target = stats.logprob.clamp(min=_LOG_ZERO)
         coefficient = up.lse[part] - up.logprob[part]
         # g * (1 - p) without the cancellation of 1 - p, plus what lse and entropy add.
         at_target = -up.logprob[part] * log_p_target.expm1() + up.lse[part] * log_p_target.exp()
         if has_entropy:
-            g_entropy, entropy = up.entropy[part], kept.entropy[part]
-            d_logit = torch.exp(log_p, out=softmax.spare(len(z)))
-            log_p.add_(entropy[:, None]).mul_(g_entropy[:, None]).neg_()
-            d_logit.mul_(log_p.add_(coefficient[:, None]))
-            at_target -= g_entropy * log_p_target.exp() * (log_p_target + entropy)
+            # log p + entropy = (z - maximum) - mean.
+            g_entropy = up.entropy[part]
+            mean = stats.total.log() - entropy[part]
+            coefficient = coefficient + g_entropy * mean
+            moment = softmax.spare(len(d_logit)).mul_((g_entropy / stats.total)[:, None])
+            d_logit.mul_((coefficient / stats.total)[:, None]).sub_(moment)
+            at_target -= g_entropy * log_p_target.exp() * (log_p_target + entropy[part])
         else:
-            d_logit = log_p.exp_().mul_(coefficient[:, None])
+            d_logit.mul_((coefficient / stats.total)[:, None])
         softmax.set_target_(d_logit, part, at_target)
         gradient.add(part, chunk_hidden, d_logit)
     return gradient.result(hidden, live)
@@ -175,14 +179,17 @@ class ChunkSoftmax(NamedTuple):
             z.add_(head.bias.to(self.dtype))
         if head.softcap is None or self.slope is None:
             return z if head.slope == 1.0 else z.mul_(head.slope)
-        z.mul_(head.logit_scale / head.softcap).tanh_()
-        # d tanh = 1 - tanh^2 = (1 - t)(1 + t): no cancellation near saturation.
-        slope = torch.mul(z, z, out=self.slope[: len(z)])
-        slope.neg_().add_(1.0)
-        return z.mul_(head.softcap / head.temperature)
+        z.mul_(head.logit_scale / head.softcap)
+        # d tanh(x) = 1 / cosh(x)^2; 1 - tanh(x)^2 would cancel near saturation.
+        slope = self.slope[: len(z)]
+        torch.cosh(z, out=slope).reciprocal_().square_()
+        return z.tanh_().mul_(head.softcap / head.temperature)
 
     def forward(self, hidden: Tensor, part: slice) -> "ChunkStats":
-        """Statistics of a chunk; the buffer then holds exp(logit - maximum)."""
+        """Statistics of a chunk; the buffer then holds e = exp(logit - maximum).
+
+        With entropy the spare buffer holds e * (logit - maximum).
+        """
         z = self.logits(hidden)
         target, is_local = self.target[part], self.is_local[part]
         maximum = self.shard.maximum_(z.amax(1))

@@ -34,45 +34,39 @@ def forward(
     """Log-prob, lse and entropy of each row: hidden [N, D], target [N]. 1U, no logits."""
     live = DeviceRows.of(target != ignore_index, chunk=max(1, len(target)))
     pipeline = ChunkPipeline.of(hidden, head, target, live)
-    count = 3 if needs_entropy else 2
-    rows = hidden.new_zeros(count, len(target), dtype=torch.float32)
+    rows = RowStatistics.zeros(pipeline.target_logit, needs_entropy)
     for part, live_count in live.parts():
         partial = pipeline.run_logits(part, live_count, None, needs_entropy)
-        with device_target.device_guard(rows):
-            statistics_kernel[(triton.cdiv(partial.shape[2], ROWS_PER_PROGRAM),)](
-                partial,
-                pipeline.target_logit[part],
-                live_count,
-                rows[0, part],
-                rows[1, part],
-                rows[2, part] if needs_entropy else None,
-                partial.shape[2],
-                partial.shape[1],
-                ROWS_PER_PROGRAM,
-            )
-    logprob, lse, *entropy = (live.spread(x) for x in rows)
-    return LinearLogprob(logprob, lse, entropy[0] if needs_entropy else rows.new_empty(0))
+        pipeline.run_statistics(partial, part, live_count, rows)
+    entropy = rows.lse.new_empty(0) if rows.entropy is None else live.spread(rows.entropy)
+    return LinearLogprob(live.spread(rows.logprob), live.spread(rows.lse), entropy)
 
 
 def backward(
     upstream: LinearLogprob,
-    saved: LinearLogprob,
+    entropy: Tensor,
     hidden: Tensor,
     head: Head,
     target: Tensor,
     ignore_index: int,
     wanted: Wanted,
 ) -> HeadGradient:
-    """Gradients from recomputed logits: U + U for each of d_hidden, d_weight that is wanted."""
+    """Gradients from recomputed logits: U + U for each of d_hidden, d_weight that is wanted.
+
+    `entropy` comes from `forward`: with the logits to store, no registers are left for its moment.
+    """
     chunk = chunk_rows(len(target), len(head.weight))
     live = DeviceRows.of(target != ignore_index, chunk)
     pipeline = ChunkPipeline.of(hidden, head, target, live)
-    up, kept = (RowValues.of(rows, live) for rows in (upstream, saved))
+    up = RowGradients.of(upstream, live)
+    rows = RowStatistics.zeros(pipeline.target_logit, has_entropy=False)
+    kept_entropy = None if up.entropy is None else live.take(entropy)
     logits = pipeline.empty_logits()
     gradient = GradientSum.of(pipeline, wanted)
     for part, live_count in live.parts():
-        pipeline.run_logits(part, live_count, logits, False)
-        gradient.add(part, live_count, logits, kept, up)
+        partial = pipeline.run_logits(part, live_count, logits, has_moment=False)
+        pipeline.run_statistics(partial, part, live_count, rows)
+        gradient.add(part, live_count, logits, rows._replace(entropy=kept_entropy), up)
     return gradient.result(live)
 
 
@@ -106,8 +100,28 @@ class DeviceRows(NamedTuple):
         return torch.empty_like(values).index_copy_(0, self.order, values)
 
 
-class RowValues(NamedTuple):
-    """Row statistics, or gradients with respect to them: [N] fp32 in live order, None if absent."""
+class RowStatistics(NamedTuple):
+    """Row statistics [N] fp32 in live order; dead rows are 0."""
+
+    logprob: Tensor
+    lse: Tensor
+    maximum: Tensor
+    total: Tensor  # sum of exp(logit - maximum)
+    entropy: Tensor | None
+
+    @classmethod
+    def zeros(cls, like: Tensor, has_entropy: bool) -> "RowStatistics":
+        """Zeros [N] of the dtype and device of `like` [N]."""
+        rows = like.new_zeros(4 + has_entropy, len(like))
+        return cls(*rows[:4], rows[4] if has_entropy else None)
+
+    def part(self, rows: slice) -> "RowStatistics":
+        """The fields of these rows."""
+        return RowStatistics(*(None if x is None else x[rows] for x in self))
+
+
+class RowGradients(NamedTuple):
+    """Gradients with respect to row statistics: [N] fp32 in live order, None if absent."""
 
     logprob: Tensor
     lse: Tensor | None
@@ -119,7 +133,7 @@ class RowValues(NamedTuple):
         return logprob, lse, entropy
 
     @classmethod
-    def of(cls, rows: LinearLogprob, live: DeviceRows) -> "RowValues":
+    def of(cls, rows: LinearLogprob, live: DeviceRows) -> "RowGradients":
         has_entropy = rows.entropy.numel() > 0
         entropy = live.take(rows.entropy) if has_entropy else None
         return cls(live.take(rows.logprob), live.take(rows.lse), entropy)
@@ -202,6 +216,22 @@ class ChunkPipeline(NamedTuple):
             )
         return partial
 
+    def run_statistics(
+        self, partial: Tensor, part: slice, live_count: Tensor, rows: RowStatistics
+    ) -> None:
+        """Merge the partial statistics of a chunk into its part of `rows`."""
+        _, slabs, count = partial.shape
+        with device_target.device_guard(partial):
+            statistics_kernel[(triton.cdiv(count, ROWS_PER_PROGRAM),)](
+                partial,
+                self.target_logit[part],
+                live_count,
+                *rows.part(part),
+                count,
+                slabs,
+                ROWS_PER_PROGRAM,
+            )
+
 
 class GradientSum(NamedTuple):
     """d_hidden, d_weight and d_bias, added up over row chunks in a fixed order."""
@@ -226,8 +256,8 @@ class GradientSum(NamedTuple):
         part: slice,
         live_count: Tensor,
         logits: Tensor,
-        rows: "RowValues",
-        upstream: "RowValues",
+        rows: RowStatistics,
+        upstream: RowGradients,
     ) -> None:
         """Turn the chunk's logits into their gradient and add what follows from it.
 
@@ -237,6 +267,7 @@ class GradientSum(NamedTuple):
         pipe, head = self.pipeline, self.pipeline.head
         count, vocab_size = part.stop - part.start, logits.shape[1]
         # fp16 would underflow: its gradient stays fp32, see tile.dot.tile_dot.
+        kept = rows.part(part)
         is_narrow = pipe.weight.dtype == torch.bfloat16
         d_logit = logits.view(torch.bfloat16)[:, :vocab_size] if is_narrow else logits
         with device_target.device_guard(logits):
@@ -245,7 +276,10 @@ class GradientSum(NamedTuple):
                 d_logit,
                 pipe.target[part],
                 live_count,
-                *rows.part(part),
+                kept.logprob,
+                kept.maximum,
+                kept.total,
+                kept.entropy,
                 *upstream.part(part),
                 vocab_size,
                 d_logit.stride(0),

@@ -52,7 +52,8 @@ def linear_policy_loss(
         hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
         weight: [V, D], dtype of hidden; with `vocab_group` this rank's shard of the rows.
         target: [...] int64 sampled tokens, already shifted; `ignore_index` marks ignored ones.
-        teacher_logprob: [...] nat. Exactly one of this and `advantage`; both are constants.
+        teacher_logprob: [...] nat. Exactly one of this and `advantage`. No gradient flows to
+            these two, `old_logprob` and `token_weight`: they are constants.
         advantage: [...] used as it is, without the clamp.
         old_logprob: [...] nat, of the policy that sampled; None: this one, so ratio = 1.
         token_weight: [...] carries mask, normaliser and loss scale; None: 1. A token of weight 0
@@ -68,13 +69,20 @@ def linear_policy_loss(
         (fp64 for fp64 inputs). Only `loss` has a gradient: to hidden, weight and bias. Ignored
         tokens give 0 (False) in every field, and are taken out before the first GEMM.
 
+    A < 0 with a ratio that overflows gives a loss of inf, as dense PPO does: the minimum does not
+    clip there. Gradients are rounded to the dtype of their tensors in the forward pass, before
+    the upstream gradient multiplies them: in fp16 put the loss scale into `token_weight`, because
+    a GradScaler on the loss cannot bring back what underflowed.
+
     Cost: 3U with gradients, 2U with a frozen weight or a frozen hidden, 1U without gradients
     (U = 2 N V D). d_hidden and d_weight are held from forward to backward in the dtypes of their
     tensors. Numerics: fp32 logits, fp32 accumulation of d_weight, bitwise repeatable.
 
     Raises:
         TypeError, ValueError: an input is wrong; nothing was computed. A target out of range
-            raises on the CPU; on a CUDA device it gives NaN, as reading it would stall.
+            raises on the CPU; on a CUDA device its logprob is NaN, as reading it would stall.
+            With `teacher_logprob` or `old_logprob` the loss and the gradients are NaN then;
+            with `advantage` alone they are finite, and the row's gradient lacks its target.
         BackendUnavailableError: an explicit backend cannot run here.
         RuntimeError: the gradient is differentiated again.
 
@@ -108,7 +116,10 @@ def linear_policy_loss(
     _check_scalars(clip_low, clip_high, advantage_clamp, gradient)
     name = check_backend(backend)
     shape = target.shape
-    teacher, given, old, weights = (None if x is None else x.reshape(-1) for _, x in per_token)
+    # Constants: without detach the loss would ask for a gradient that nobody computes.
+    teacher, given, old, weights = (
+        None if x is None else x.detach().reshape(-1) for _, x in per_token
+    )
     wanted = _wanted(hidden, weight, bias)
     loss, *rows, _, _, _ = linear_policy_loss_op(
         hidden.reshape(-1, hidden.shape[-1]),

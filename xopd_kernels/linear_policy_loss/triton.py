@@ -11,7 +11,13 @@ import triton
 from torch import Tensor
 
 from xopd_kernels.linear_logprob.config import ROWS_PER_PROGRAM, chunk_rows
-from xopd_kernels.linear_logprob.triton import ChunkPipeline, DeviceRows, GradientSum, RowValues
+from xopd_kernels.linear_logprob.triton import (
+    ChunkPipeline,
+    DeviceRows,
+    GradientSum,
+    RowGradients,
+    RowStatistics,
+)
 from xopd_kernels.records import (
     Head,
     HeadGradient,
@@ -33,6 +39,8 @@ class _Rows(NamedTuple):
     ratio: Tensor
     is_clipped: Tensor  # 0 or 1
     coefficient: Tensor  # d loss / d logprob
+    maximum: Tensor
+    total: Tensor  # sum of exp(logit - maximum)
 
 
 def forward(
@@ -56,8 +64,8 @@ def forward(
     rows = _Rows(*out)
     logits = pipeline.empty_logits() if has_gradient else None
     gradient = GradientSum.of(pipeline, wanted)
-    statistics = RowValues(rows.logprob, rows.lse, None)
-    upstream = RowValues(rows.coefficient, None, None)
+    statistics = RowStatistics(rows.logprob, rows.lse, rows.maximum, rows.total, None)
+    upstream = RowGradients(rows.coefficient, None, None)
     for part, live_count in live.parts():
         partial = pipeline.run_logits(part, live_count, logits, has_moment=False)
         _run_policy(partial, pipeline.target_logit[part], live_count, terms, out, part)
@@ -77,7 +85,7 @@ def _run_policy(
     out: Tensor,
     part: slice,
 ) -> None:
-    """Row statistics and token loss of a chunk, into out [7, N]."""
+    """Row statistics and token loss of a chunk, into out [9, N]."""
     terms = terms.map(lambda values: values[part])
     _, slabs, rows = partial.shape
     with device_guard(out):

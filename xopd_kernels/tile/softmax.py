@@ -103,12 +103,14 @@ def statistics_kernel(
     live_ptr,
     logprob_ptr,
     lse_ptr,
+    maximum_ptr,
+    total_ptr,
     entropy_ptr,
     rows,
     slabs,
     BLOCK_N: tl.constexpr,
 ):
-    """Merge the slabs: logprob, lse and, if entropy_ptr is given, entropy; each [rows]."""
+    """Merge the slabs: the fields of linear_logprob.triton.RowStatistics, each [rows]."""
     live = tl.load(live_ptr)
     row = tl.cast(tl.program_id(0), tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = row < live
@@ -117,6 +119,8 @@ def statistics_kernel(
     at_target = tl.load(target_logit_ptr + row, mask=is_row, other=0.0)
     tl.store(logprob_ptr + row, (at_target - maximum) - log_total, mask=is_row)
     tl.store(lse_ptr + row, maximum + log_total, mask=is_row)
+    tl.store(maximum_ptr + row, maximum, mask=is_row)
+    tl.store(total_ptr + row, total, mask=is_row)
     if entropy_ptr is not None:
         # Both terms are >= 0: nothing cancels.
         tl.store(entropy_ptr + row, log_total - moment / total, mask=is_row)
@@ -129,7 +133,8 @@ def gradient_kernel(
     target_ptr,
     live_ptr,
     logprob_ptr,
-    lse_ptr,
+    maximum_ptr,
+    total_ptr,
     entropy_ptr,
     d_logprob_ptr,
     d_lse_ptr,
@@ -144,12 +149,15 @@ def gradient_kernel(
 
     gradient_ptr is the same memory, in the dtype of the GEMM. A narrower gradient ends before
     the logits that are still to be read; the barrier keeps a tile's store behind its loads.
+    p = exp(z - maximum) / total: exp(z - lse) would lose the digits that lse loses by rounding
+    where it is far from 0.
     """
     row = tl.cast(tl.program_id(0), tl.int64)
     if row >= tl.load(live_ptr):
         return
     target = tl.load(target_ptr + row)
-    lse = tl.load(lse_ptr + row)
+    maximum = tl.load(maximum_ptr + row)
+    total = tl.load(total_ptr + row)
     d_logprob = tl.load(d_logprob_ptr + row)
     coefficient = -d_logprob
     # 0 * log(0) must be 0: exp(-1000) is 0 in fp32.
@@ -164,6 +172,10 @@ def gradient_kernel(
         d_entropy = tl.load(d_entropy_ptr + row)
         entropy = tl.load(entropy_ptr + row)
         at_target -= d_entropy * p_target * (log_p_target + entropy)
+        # log p + entropy = (z - maximum) - mean.
+        mean = tl.log(total) - entropy
+        d_entropy /= total
+    coefficient /= total
     for first in range(0, V, BLOCK_V):
         col = first + tl.arange(0, BLOCK_V)
         z = tl.load(logits_ptr + row * V + col, mask=col < V, other=0.0)
@@ -172,11 +184,12 @@ def gradient_kernel(
         if cap is not None:
             chain = slope * tanh_slope(z)
             z = tanh(z) * cap
-        log_p = z - lse
-        gradient = tl.exp(log_p) * coefficient
+        shifted = z - maximum
+        e = tl.exp(shifted)
+        gradient = e * coefficient
         if d_entropy_ptr is not None:
-            log_p = tl.where(log_p < -1000.0, -1000.0, log_p)
-            gradient -= tl.exp(log_p) * d_entropy * (log_p + entropy)
+            shifted = tl.where(shifted < -1000.0, -1000.0, shifted)
+            gradient -= e * d_entropy * (shifted - mean)
         gradient = tl.where(col == target, at_target, gradient)
         gradient = narrow(gradient * chain, gradient_ptr.dtype.element_ty)
         tl.store(gradient_ptr + row * stride_g + col, gradient, mask=col < V)

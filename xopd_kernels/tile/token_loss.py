@@ -84,3 +84,5 @@ def policy_kernel(
     tl.store(out_ptr + 4 * plane + row, ratio, mask=is_row)
     tl.store(out_ptr + 5 * plane + row, is_clipped.to(tl.float32), mask=is_row)
     tl.store(out_ptr + 6 * plane + row, coefficient, mask=is_row)
+    tl.store(out_ptr + 7 * plane + row, maximum, mask=is_row)
+    tl.store(out_ptr + 8 * plane + row, total, mask=is_row)

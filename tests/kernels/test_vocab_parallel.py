@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from xopd_kernels import Backend, BackendUnavailableError, linear_logprob, linear_policy_loss
+from xopd_kernels.linear_logprob import reference
 from xopd_kernels.testing import make_inputs, make_terms
 
 WORLD_SIZE = 2
@@ -37,6 +38,8 @@ def compute(inputs, terms, group):
 def check_rank(rank: int, port: int) -> None:
     store = dist.TCPStore("127.0.0.1", port, WORLD_SIZE, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
+    # One chunk for the narrow shard alone, two for the wide one: the ranks must still agree.
+    reference.CHUNK_BYTES = SHAPE[0] * SPLIT * 8
     inputs = make_inputs(*SHAPE, torch.float64)
     terms = make_terms(linear_logprob(*inputs[:2], inputs.target).logprob)
     mine = slice(0, SPLIT) if rank == 0 else slice(SPLIT, None)

@@ -134,13 +134,16 @@ class ChunkSoftmax(NamedTuple):
         weight = head.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         shard = VocabShard.of(weight, head.vocab_group)
+        # Chunks from the whole vocabulary: every rank of a group must cut the rows alike, however
+        # uneven the shards, or their collectives would not meet.
+        vocab_size = weight.shape[0] if shard.group is None else int(shard.vocab_size)
         if shard.group is None or target.device.type == "cpu":
-            vocab_size = weight.shape[0] if shard.group is None else int(shard.vocab_size)
             check_target_range(target, vocab_size)
         local = target - shard.offset
         is_local = (local >= 0) & (local < weight.shape[0])
         count = 1 + (head.softcap is not None) + has_entropy
-        shape = (min(chunk_rows(weight.shape[0] * count, dtype), len(target)), weight.shape[0])
+        rows = min(chunk_rows(vocab_size * count, dtype), len(target))
+        shape = (rows, weight.shape[0])
         first, *more = (torch.empty(shape, dtype=dtype, device=weight.device) for _ in range(count))
         extra = more.pop() if has_entropy else None
         slope = more.pop() if more else None

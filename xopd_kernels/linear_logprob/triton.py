@@ -112,12 +112,15 @@ class RowStatistics(NamedTuple):
     @classmethod
     def zeros(cls, like: Tensor, has_entropy: bool) -> "RowStatistics":
         """Zeros [N] of the dtype and device of `like` [N]."""
-        rows = like.new_zeros(4 + has_entropy, len(like))
-        return cls(*rows[:4], rows[4] if has_entropy else None)
+        logprob, lse, maximum, total, *entropy = like.new_zeros(4 + has_entropy, len(like))
+        return cls(logprob, lse, maximum, total, entropy[0] if has_entropy else None)
 
     def part(self, rows: slice) -> "RowStatistics":
         """The fields of these rows."""
-        return RowStatistics(*(None if x is None else x[rows] for x in self))
+        entropy = None if self.entropy is None else self.entropy[rows]
+        return RowStatistics(
+            self.logprob[rows], self.lse[rows], self.maximum[rows], self.total[rows], entropy
+        )
 
 
 class RowGradients(NamedTuple):

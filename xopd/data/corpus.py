@@ -100,10 +100,12 @@ def decode_audio(prompt: SpokenPrompt) -> npt.NDArray[np.float32]:
     try:
         with sf.SoundFile(io.BytesIO(prompt.audio)) as file:
             rate_hz, channels, header_samples = file.samplerate, file.channels, file.frames
-            if header_samples > DURATION_LIMITS_S[1] * max(rate_hz, 1):
+            promised_s, longest_s = header_samples / rate_hz, DURATION_LIMITS_S[1]
+            if promised_s > longest_s:
                 # Refused before it is decoded: a small file can promise hours of silence.
-                longest_s = DURATION_LIMITS_S[1]
-                raise CorpusError(f"{where}: the clip is longer than {longest_s} s; cut it")
+                raise CorpusError(
+                    f"{where}: the clip lasts {promised_s:.3f} s; cut it to at most {longest_s} s"
+                )
             samples = file.read(dtype="float32", always_2d=True)[:, 0]
     except sf.LibsndfileError as error:
         raise CorpusError(

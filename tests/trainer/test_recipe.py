@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from xopd.data.corpus import SpokenPrompt
 from xopd.models import SpeechLM, TextLM
 from xopd.models.demo import build_student
 from xopd.models.speech_lm import leaf_modules
+from xopd.recipes import base_pair
 from xopd.recipes.base_pair import (
     Clip,
     Stage,
@@ -106,3 +110,14 @@ def test_nll_is_the_mean_over_response_tokens(
             total -= float(table[len(prompt.text_ids) - 1 + t, token])
             tokens += 1
     assert nll(teacher, rows).item() == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_the_bundled_models_are_those_of_their_provenance(repository: Path) -> None:
+    folder = repository / "xopd" / "assets" / "demo"
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    for name, expected in provenance["sha256"].items():
+        weights = (folder / name / "model.safetensors").read_bytes()
+        assert hashlib.sha256(weights).hexdigest() == expected
+        assert len(weights) <= 10 * 2**20
+    stages = {"teacher": base_pair.TEACHER, "align": base_pair.ALIGN, "base": base_pair.BASE}
+    assert provenance["stages"] == {name: asdict(stage) for name, stage in stages.items()}

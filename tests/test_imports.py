@@ -39,11 +39,7 @@ def test_the_kernels_never_import_the_trainer(repository: Path) -> None:
 
 def test_the_trainer_imports_only_the_public_kernels(repository: Path) -> None:
     """Names that the trainer may take besides the package's own; anything deeper is private."""
-    allowed = {
-        "xopd_kernels",
-        "xopd_kernels.backend",
-        "xopd_kernels.linear_logprob.reference",  # doctor: the constant of its memory estimate
-    }
+    allowed = {"xopd_kernels", "xopd_kernels.backend"}
     for path in sorted((repository / "xopd").rglob("*.py")):
         kernels = {n for n in imported_names(path) if n.split(".")[0] == "xopd_kernels"}
         assert kernels <= allowed, path

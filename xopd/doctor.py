@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xopd.errors import UserError
-from xopd_kernels.backend import Backend, unavailable_reason
-from xopd_kernels.linear_logprob.reference import CHUNK_BYTES
+from xopd_kernels import Backend, MemoryPlan, Operator, Workload, memory_plan
+from xopd_kernels.backend import unavailable_reason
 
 PACKAGES = (
     *("torch", "triton", "transformers", "datasets", "numpy", "safetensors", "soundfile", "soxr"),
@@ -54,32 +54,19 @@ def backends() -> list[tuple[str, str, str]]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class HeadMemory:
-    """Bytes that the loss of one forward and backward pass needs beyond hidden and weight."""
+def eager_logit_bytes(tokens: int, vocabulary: int) -> int:
+    """What the logits of plain torch cost, forward and backward, with bf16 inputs.
 
-    naive_logit_bytes: int  # eager: bf16 logits and their gradient, fp32 copy, fp32 log-softmax
-    chunk_bytes: int  # ours: one row chunk of fp32 logits
-    weight_gradient_bytes: int  # ours and eager alike: fp32 accumulator of d_weight
-
-    @property
-    def ratio(self) -> float:
-        """How many times less ours needs, without the gradient that both hold."""
-        return self.naive_logit_bytes / self.chunk_bytes
-
-
-def head_memory(tokens: int, hidden: int, vocabulary: int, *, chunk_bytes: int) -> HeadMemory:
-    """Arithmetic, not a measurement, for N tokens, hidden size D and V classes, bf16 inputs.
-
-    Eager torch holds per logit: 2 bytes (bf16 logit), 4 (fp32 copy), 4 (log-softmax kept for
-    backward), 4 (its gradient) and 2 (bf16 gradient).
+    Arithmetic, not a measurement. Bytes per logit: 2 (bf16 logit), 4 (fp32 copy), 4 (log-softmax
+    kept for the backward pass), 4 (its gradient) and 2 (bf16 gradient).
     """
-    logits = tokens * vocabulary
-    return HeadMemory(
-        naive_logit_bytes=logits * (2 + 4 + 4 + 4 + 2),
-        chunk_bytes=min(chunk_bytes, logits * 4),
-        weight_gradient_bytes=vocabulary * hidden * 4,
-    )
+    return tokens * vocabulary * (2 + 4 + 4 + 4 + 2)
+
+
+def loss_memory(tokens: int, shape: HeadShape, backend: Backend) -> MemoryPlan:
+    """The plan of one `linear_policy_loss` of bf16 inputs with both gradients."""
+    work = Workload(Operator.POLICY_LOSS, tokens, shape.vocabulary, shape.hidden, torch.bfloat16)
+    return memory_plan(work, backend)
 
 
 def model_memory(parameters: int) -> int:
@@ -117,12 +104,13 @@ def print_doctor(tokens: int, shape: HeadShape) -> None:
     console = Console()
     console.print(_table("versions", ("package", "version"), versions()))
     console.print(_table("kernels", ("device", "backend", "status"), backends()))
-    memory = head_memory(tokens, shape.hidden, shape.vocabulary, chunk_bytes=CHUNK_BYTES)
-    rows = [
-        ("eager logits, forward + backward", f"{memory.naive_logit_bytes / GIB:.2f} GiB"),
-        ("xopd_kernels row chunk (reference)", f"{memory.chunk_bytes / GIB:.3f} GiB"),
-        ("fp32 d_weight, either way", f"{memory.weight_gradient_bytes / GIB:.2f} GiB"),
-    ]
+    eager = eager_logit_bytes(tokens, shape.vocabulary)
+    rows = [("eager logits, forward + backward", f"{eager / GIB:.2f} GiB")]
+    for backend in (Backend.REFERENCE, Backend.TRITON):
+        plan = loss_memory(tokens, shape, backend)
+        name = f"linear_policy_loss on {backend.name}, workspace"
+        rows.append((name, f"{plan.workspace_bytes / GIB:.3f} GiB"))
+    rows.append(("its fp32 d_weight accumulator", f"{plan.accumulator_bytes / GIB:.2f} GiB"))
     if shape.parameters is not None:
         size = model_memory(shape.parameters) / GIB
         rows.append((f"AdamW training, {shape.parameters:,} parameters", f"{size:.2f} GiB"))

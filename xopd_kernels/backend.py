@@ -52,7 +52,7 @@ def unavailable_reason(backend: Backend, device: torch.device, dtype: torch.dtyp
     )
 
 
-def resolve(choice: str, device: torch.device, dtype: torch.dtype, vocab_group: str) -> Backend:
+def resolve(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
     """The backend that runs; raises BackendUnavailableError if an explicit one cannot.
 
     `choice` is a Backend value or "auto" (operator schemas carry strings, not enums).
@@ -60,21 +60,17 @@ def resolve(choice: str, device: torch.device, dtype: torch.dtype, vocab_group: 
     if choice != "auto":
         backend = Backend(choice)
         reason = unavailable_reason(backend, device, dtype)
-        if reason is None and vocab_group and backend is not Backend.REFERENCE:
-            reason = "vocab_group is implemented by Backend.REFERENCE only"
         if reason is not None:
             raise BackendUnavailableError(f"backend {backend.name} cannot run: {reason}")
         return backend
-    return _resolve_auto(device, dtype, bool(vocab_group))
+    return _resolve_auto(device, dtype)
 
 
 @functools.cache
-def _resolve_auto(device: torch.device, dtype: torch.dtype, is_vocab_parallel: bool) -> Backend:
+def _resolve_auto(device: torch.device, dtype: torch.dtype) -> Backend:
     """Cached, so that the choice for one kind of input is logged once."""
     if device.type != "cuda":
         reason: str | None = f"{device.type} tensors"
-    elif is_vocab_parallel:
-        reason = "vocab_group is implemented by Backend.REFERENCE only"
     else:
         reason = unavailable_reason(Backend.TRITON, device, dtype)
     backend = Backend.TRITON if reason is None else Backend.REFERENCE

@@ -7,6 +7,27 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Transform(NamedTuple):
+    """The scalars between the output of a linear head and its logits."""
+
+    temperature: float  # > 0
+    softcap: float | None  # > 0
+    logit_scale: float  # finite
+
+    def problem(self, prefix: str = "") -> str | None:
+        """What is wrong with the scalars, as a sentence; None if nothing is.
+
+        `prefix` is that of softcap and logit_scale among the arguments of the caller.
+        """
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            return f"temperature must be finite and > 0, got {self.temperature}"
+        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+            return f"{prefix}softcap must be None or finite and > 0, got {self.softcap}"
+        if not math.isfinite(self.logit_scale):
+            return f"{prefix}logit_scale must be finite, got {self.logit_scale}"
+        return None
+
+
 class Head(NamedTuple):
     """A linear head and the transform that turns its output into logits.
 
@@ -33,15 +54,10 @@ class Head(NamedTuple):
             return self.slope, None
         return self.logit_scale / self.softcap, self.softcap / self.temperature
 
-    def problem(self) -> str | None:
-        """What is wrong with the scalars, as a sentence; None if nothing is."""
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            return f"temperature must be finite and > 0, got {self.temperature}"
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
-            return f"softcap must be None or finite and > 0, got {self.softcap}"
-        if not math.isfinite(self.logit_scale):
-            return f"logit_scale must be finite, got {self.logit_scale}"
-        return None
+    def classes(self, count: int) -> "Head":
+        """The head of the first `count` classes: what lies beyond is sliced away, never padded."""
+        bias = None if self.bias is None else self.bias[:count]
+        return self._replace(weight=self.weight[:count], bias=bias)
 
 
 class LinearLogprob(NamedTuple):
@@ -61,6 +77,37 @@ class PolicyLoss(NamedTuple):
     advantage: Tensor  # [...] as used: given, or clamp(teacher_logprob - logprob)
     ratio: Tensor  # [...] exp(logprob - old_logprob); 1 without old_logprob
     is_clipped: Tensor  # [...] bool: the clipped branch is strictly smaller, no gradient
+
+
+class LinearDivergence(NamedTuple):
+    """Per-token divergence of student and teacher; fp32 (fp64 for fp64 inputs), 0 where ignored."""
+
+    divergence: Tensor  # [...] token_weight * divergence, nat; the only differentiable field
+    lse: Tensor  # [...] log-sum-exp of the student's transformed logits
+    teacher_lse: Tensor  # [...] of the teacher's; top-k: log of the mass that the ids hold
+
+
+class ReverseKLAdvantage(NamedTuple):
+    """Per-token advantage of on-policy distillation; fp32, 0 where ignored, no gradient."""
+
+    advantage: Tensor  # [...] clamp(teacher_logprob - logprob), nat
+    logprob: Tensor  # [...] of the student
+    teacher_logprob: Tensor  # [...]
+
+
+class Teacher(NamedTuple):
+    """The frozen side of a divergence."""
+
+    hidden: Tensor  # [N, D_T]
+    head: Head  # as many classes as the student's
+
+
+class TopK(NamedTuple):
+    """What a teacher hands out of its distribution."""
+
+    ids: Tensor  # [N, K] int64, distinct in a row
+    logprob: Tensor  # [N, K] nat
+    has_tail: bool  # the other classes form one more class
 
 
 class PolicyTerms(NamedTuple):

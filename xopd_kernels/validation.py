@@ -4,13 +4,14 @@ Only metadata is read here, so the checks cost no device synchronisation and tra
 torch.compile. Values of `target` are checked inside the operators (see `check_target_range`).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend, BackendChoice
-from xopd_kernels.records import Head
+from xopd_kernels.records import Transform
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -28,51 +29,74 @@ def check_tensors(named: Sequence[tuple[str, Tensor | None]]) -> None:
             raise ValueError(f"{name} is on {value.device}, {named[0][0]} on {device}; move it")
 
 
-def check_inputs(hidden: Tensor, head: Head, target: Tensor) -> None:
-    """Raise TypeError/ValueError unless hidden [..., D], head and target [...] fit together."""
-    weight, bias = head.weight, head.bias
+def check_head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform, prefix: str = ""
+) -> None:
+    """Raise TypeError/ValueError unless hidden [..., D], weight [V, D] and bias [V] fit together.
+
+    `prefix` stands before their names among the arguments of the caller ("teacher_").
+    """
     if hidden.dtype not in _DTYPES:
-        raise TypeError(f"hidden must be bf16, fp16, fp32 or fp64, got {hidden.dtype}")
+        raise TypeError(f"{prefix}hidden must be bf16, fp16, fp32 or fp64, got {hidden.dtype}")
     if weight.dtype != hidden.dtype:
         raise TypeError(
-            f"weight must have the dtype of hidden ({hidden.dtype}), got {weight.dtype}; "
-            "cast one of them or use torch.autocast"
+            f"{prefix}weight must have the dtype of {prefix}hidden ({hidden.dtype}), got "
+            f"{weight.dtype}; cast one of them or use torch.autocast"
         )
-    if target.dtype != torch.int64:
-        raise TypeError(f"target must be int64, got {target.dtype}; use target.long()")
     if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            "hidden must be [..., D] and weight [V, D] with one D, got "
-            f"hidden {list(hidden.shape)} and weight {list(weight.shape)}"
+            f"{prefix}hidden must be [..., D] and {prefix}weight [V, D] with one D, got "
+            f"{prefix}hidden {list(hidden.shape)} and {prefix}weight {list(weight.shape)}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
-        raise ValueError(f"weight must have V >= 1 and D >= 1, got {list(weight.shape)}")
+        raise ValueError(f"{prefix}weight must have V >= 1 and D >= 1, got {list(weight.shape)}")
+    if bias is not None:
+        if bias.dtype != weight.dtype:
+            raise TypeError(
+                f"{prefix}bias must have the dtype of {prefix}weight {weight.dtype}, "
+                f"got {bias.dtype}"
+            )
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{prefix}bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    problem = transform.problem(prefix)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def check_target(target: Tensor, hidden: Tensor) -> None:
+    """Raise unless target is int64 and has the leading shape of hidden [..., D]."""
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64, got {target.dtype}; use target.long()")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(
             f"target must have the leading shape of hidden {list(hidden.shape[:-1])}, got "
             f"{list(target.shape)}; it is already shifted: one class for each hidden row"
         )
-    if bias is not None:
-        if bias.dtype != weight.dtype:
-            raise TypeError(f"bias must have the dtype of weight {weight.dtype}, got {bias.dtype}")
-        if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    problem = head.problem()
-    if problem is not None:
-        raise ValueError(problem)
 
 
-def check_per_token(named: Sequence[tuple[str, Tensor | None]], target: Tensor) -> None:
-    """Raise unless every tensor given is floating point and has the shape of target."""
+def check_budget(memory_budget_bytes: int | None) -> None:
+    """Raise unless the budget is None or a positive int; what it must hold is checked later."""
+    budget = memory_budget_bytes
+    if budget is None:
+        return
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        kind = type(budget).__name__
+        raise TypeError(f"memory_budget_bytes must be None or an int, got {kind}: {budget!r}")
+    if budget <= 0:
+        raise ValueError(f"memory_budget_bytes must be > 0, got {budget}")
+
+
+def check_per_token(named: Sequence[tuple[str, Tensor | None]], shape: torch.Size) -> None:
+    """Raise unless every tensor given is floating point and of `shape`, one value a token."""
     for name, value in named:
         if value is None:
             continue
         if not value.is_floating_point():
             raise TypeError(f"{name} must be floating point, got {value.dtype}")
-        if value.shape != target.shape:
+        if value.shape != shape:
             raise ValueError(
-                f"{name} must have the shape of target {list(target.shape)}, "
-                f"got {list(value.shape)}; one value for each token"
+                f"{name} must have one value for each token, shape {list(shape)}, "
+                f"got {list(value.shape)}"
             )
 
 
@@ -83,6 +107,23 @@ def check_backend(backend: BackendChoice) -> str:
     if backend != "auto":
         raise ValueError(f'backend must be a Backend or "auto", got {backend!r}')
     return backend
+
+
+def check_clamp(advantage_clamp: float) -> None:
+    """Raise unless the bound of the advantage is > 0."""
+    if math.isnan(advantage_clamp) or advantage_clamp <= 0:
+        raise ValueError(
+            f"advantage_clamp must be > 0, got {advantage_clamp}; use math.inf for no clamp"
+        )
+
+
+def check_beta(beta: float) -> None:
+    """Raise unless beta names a divergence."""
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(
+            f"beta must lie in [0, 1], got {beta}; 0 = KL(teacher || student), "
+            "1 = KL(student || teacher), between: Jensen-Shannon"
+        )
 
 
 def check_target_range(target: Tensor, vocab_size: int) -> None:
@@ -98,3 +139,18 @@ def check_target_range(target: Tensor, vocab_size: int) -> None:
             f"target must lie in [0, {vocab_size}) or equal ignore_index, got values from "
             f"{int(low)} to {int(high)}"
         )
+
+
+def check_ids(teacher_ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if CPU ids [n, K] of live rows are no classes or repeat in a row."""
+    if teacher_ids.device.type != "cpu" or teacher_ids.numel() == 0:
+        return
+    ordered = teacher_ids.sort(1).values
+    low, high = int(ordered[:, 0].min()), int(ordered[:, -1].max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"teacher_ids must lie in [0, {vocab_size}), got values from {low} to {high}; give "
+            "tokens without ids the token_weight 0"
+        )
+    if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
+        raise ValueError("teacher_ids must be distinct in a row, got a repeated id")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from xopd_kernels import Backend, linear_logprob, linear_policy_loss
+from xopd_kernels.chunk import call
 from xopd_kernels.records import PolicyTerms
 from xopd_kernels.testing import (
     Distribution,
@@ -48,12 +49,8 @@ TRITON = {"backend": Backend.TRITON}
 
 
 def set_chunk_rows(monkeypatch, chunk):
-    from xopd_kernels.linear_logprob import triton as logprob
-    from xopd_kernels.linear_policy_loss import triton as policy
-
     if chunk is not None:
-        for module in (logprob, policy):
-            monkeypatch.setattr(module, "chunk_rows", lambda rows, vocab_size: chunk)
+        monkeypatch.setattr(call, "chunk_rows", lambda work, backend, budget: chunk)
 
 
 def gradients(loss, inputs):
@@ -233,7 +230,7 @@ def test_narrow_rounds_to_nearest_even():
 @pytest.mark.parametrize("op", ["score", "gradient", "policy"])
 def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
     from xopd_kernels import target
-    from xopd_kernels.linear_logprob import triton as logprob
+    from xopd_kernels.chunk import triton as chunk
     from xopd_kernels.linear_policy_loss import triton as policy
 
     guards: list[int] = []  # those that are open
@@ -256,7 +253,7 @@ def test_every_launch_is_on_the_device_of_its_tensors(op, monkeypatch):
 
     monkeypatch.setattr(target, "device_guard", guard)
     monkeypatch.setattr(policy, "device_guard", guard)
-    for module in (logprob, policy):
+    for module in (chunk, policy):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Watched(name, getattr(module, name)))
     x = make_inputs(6, 9, 5, torch.float32)

@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from xopd_kernels import Backend, BackendUnavailableError, linear_logprob
-from xopd_kernels.linear_logprob import reference
+from xopd_kernels import (
+    Backend,
+    BackendUnavailableError,
+    Operator,
+    Workload,
+    linear_logprob,
+    memory_plan,
+)
 from xopd_kernels.linear_logprob.op import linear_logprob_backward_op, linear_logprob_op
 from xopd_kernels.testing import (
     Distribution,
@@ -153,26 +159,35 @@ def test_identities(rows, vocab_size, dim, temperature, seed):
     torch.testing.assert_close(permuted.entropy, out.entropy)
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    inputs = make_inputs(100, 40, 8, torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_budget_does_not_change_the_result(dtype):
+    inputs = make_inputs(100, 40, 8, dtype)
+    work = Workload(Operator.LOGPROB, 100, 40, 8, dtype, needs_entropy=True)
 
-    def run():
-        rows = linear_logprob(*inputs[:2], inputs.target, bias=inputs.bias, needs_entropy=True)
+    def run(budget):
+        rows = linear_logprob(
+            *inputs[:2],
+            inputs.target,
+            bias=inputs.bias,
+            needs_entropy=True,
+            memory_budget_bytes=budget,
+        )
         return [*rows, *gradients(rows, inputs)]
 
-    whole = run()
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 7)
-    monkeypatch.setattr(reference, "TILE_BYTES", 1)
-    for one, other in zip(run(), whole, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    plan = memory_plan(work, Backend.REFERENCE, 20_000)
+    assert 1 < plan.chunk_rows < 40  # several chunks
+    assert dtype == torch.float64 or plan.tile_bytes == 40 * 8 * 4
+    for one, other in zip(run(20_000), run(None), strict=True):
+        rtol = 1e-12 if one.dtype == torch.float64 else 2 * torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, rtol=rtol, atol=rtol)
 
 
-def test_weight_tiles_do_not_change_the_result(monkeypatch):
-    inputs = make_inputs(20, 40, 8, torch.bfloat16)
+def test_weight_tiles_do_not_change_the_result():
+    inputs = make_inputs(20, 400, 8, torch.bfloat16)
+    work = Workload(Operator.LOGPROB, 20, 400, 8, torch.bfloat16)
+    assert memory_plan(work, Backend.REFERENCE, 30_000).tile_bytes < 400 * 8 * 4
     whole = linear_logprob(*inputs[:2], inputs.target).logprob
-    monkeypatch.setattr(reference, "TILE_BYTES", 7 * 8 * 4)
-    tiled = linear_logprob(*inputs[:2], inputs.target).logprob
+    tiled = linear_logprob(*inputs[:2], inputs.target, memory_budget_bytes=30_000).logprob
     torch.testing.assert_close(tiled, whole, rtol=1e-6, atol=1e-6)
 
 
@@ -317,10 +332,11 @@ def test_double_backward_raises():
 def test_opcheck(needs_entropy):
     x = make_inputs(6, 9, 5, torch.float32)
     scalars = (0.9, None, 1.0, "", -100)
-    args = (x.hidden, x.weight, x.bias, x.target, *scalars, needs_entropy, "reference")
+    args = (x.hidden, x.weight, x.bias, x.target, None, *scalars, needs_entropy, None, "reference")
     torch.library.opcheck(linear_logprob_op, args)
     rows = [row.detach() for row in linear_logprob_op(*args)]
-    args = (*rows, rows[2], *(t.detach() for t in x), *scalars, True, False, True, "reference")
+    wanted = (True, False, True)
+    args = (*rows, rows[2], *(t.detach() for t in x), *scalars, *wanted, None, "reference")
     torch.library.opcheck(linear_logprob_backward_op, args)
 
 
@@ -330,9 +346,9 @@ def test_gradients_of_strided_inputs_are_what_the_fake_promises(which):
     strided = x._replace(**{which: getattr(x, which).detach().t().contiguous().t()})
     target = x.target.clamp(min=0)  # all rows live: nothing is gathered into a fresh tensor
     scalars = (0.9, None, 1.0, "", -100)
-    args = (*(t.detach() for t in strided[:3]), target, *scalars, False, "reference")
+    args = (*(t.detach() for t in strided[:3]), target, None, *scalars, False, None, "reference")
     rows = linear_logprob_op(*args)
-    args = (*rows, rows[2], *args[:4], *scalars, True, True, True, "reference")
+    args = (*rows, rows[2], *args[:4], *scalars, True, True, True, None, "reference")
     torch.library.opcheck(linear_logprob_backward_op, args)
 
 

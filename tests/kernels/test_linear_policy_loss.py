@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from xopd_kernels import Backend, BackendUnavailableError, linear_logprob, linear_policy_loss
-from xopd_kernels.linear_logprob import reference
 from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op
 from xopd_kernels.records import PolicyTerms
 from xopd_kernels.testing import (
@@ -35,6 +34,20 @@ def make_case(shape, dtype, distribution=Distribution.RANDOM, seed=0):
     inputs = make_inputs(*shape, dtype, distribution, seed=seed)
     row = dense_logprob(inputs.hidden, make_head(inputs), inputs.target)
     return inputs, make_terms(row.logprob, seed)
+
+
+def count_gemms(monkeypatch):
+    """The list that the matrix products of the operators are appended to."""
+    gemms = []
+    for owner, name in ((torch, "mm"), (torch.Tensor, "addmm_")):
+        original = getattr(owner, name)
+
+        def counted(*args, original=original, **options):
+            gemms.append(original)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+    return gemms
 
 
 def policy_terms(terms):
@@ -227,20 +240,47 @@ def test_masked_infinities_stay_out():
     assert all(x.isfinite().all() for x in (*out[:5], *grads))
 
 
-def test_chunks_do_not_change_the_result(monkeypatch):
-    inputs, terms = make_case((100, 40, 8), torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_budget_does_not_change_the_result(dtype):
+    inputs, terms = make_case((100, 40, 8), dtype)
 
-    def run():
+    def run(budget):
         out = linear_policy_loss(
-            *inputs[:2], inputs.target, bias=inputs.bias, softcap=5.0, **terms._asdict()
+            *inputs[:2],
+            inputs.target,
+            bias=inputs.bias,
+            softcap=5.0,
+            memory_budget_bytes=budget,
+            **terms._asdict(),
         )
         return [*out, *gradients(out.loss, inputs)]
 
-    whole = run()
-    monkeypatch.setattr(reference, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(reference, "MIN_CHUNK_ROWS", 7)
-    for one, other in zip(run(), whole, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    for one, other in zip(run(20_000), run(None), strict=True):
+        eps = torch.finfo(one.dtype).eps if one.is_floating_point() else 0.0
+        rtol = 1e-12 if one.dtype == torch.float64 else 2 * eps
+        torch.testing.assert_close(one, other, rtol=rtol, atol=4 * rtol)
+
+
+def test_rows_without_a_gradient_are_left_out_of_the_gradient_gemms(monkeypatch):
+    """Clipped rows and rows of advantage 0: counted at the GEMM, which is what they would cost."""
+    inputs, terms = make_case((64, 30, 8), torch.float32)
+    advantage = terms.teacher_logprob.masked_fill(torch.arange(64) % 3 == 0, 0.0)
+    call = {"advantage": advantage, "old_logprob": terms.old_logprob, "clip_high": 0.05}
+    sizes = []
+    original = torch.Tensor.addmm_
+    monkeypatch.setattr(
+        torch.Tensor, "addmm_", lambda *args: sizes.append(len(args[0])) or original(*args)
+    )
+    out = linear_policy_loss(*inputs[:2], inputs.target, **call)
+    is_dead = (inputs.target == -100) | out.is_clipped | (out.advantage == 0)
+    assert 0 < is_dead.sum() < 64
+    assert sizes == [64 - is_dead.sum()]
+    d_hidden, d_weight = gradients(out.loss, inputs)[:2]
+    assert (d_hidden[is_dead] == 0).all()
+    terms = PolicyTerms(None, advantage, terms.old_logprob, None, 0.2, 0.05, 10.0)
+    dense = dense_policy_loss(inputs.hidden, make_head(inputs), inputs.target, terms)
+    for one, other in zip((d_hidden, d_weight), gradients(dense.loss, inputs), strict=False):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -249,11 +289,9 @@ def test_a_frozen_tensor_skips_its_gemm(frozen, monkeypatch):
     inputs, terms = make_case((9, 7, 5), torch.float32)
     tensors = {"hidden": inputs.hidden, "weight": inputs.weight}
     tensors[frozen] = tensors[frozen].detach()
-    calls = []
-    original = torch.Tensor.addmm_
-    monkeypatch.setattr(torch.Tensor, "addmm_", lambda *args: calls.append(args) or original(*args))
+    gemms = count_gemms(monkeypatch)
     out = linear_policy_loss(**tensors, target=inputs.target, advantage=terms.teacher_logprob)
-    assert len(calls) == 1
+    assert len(gemms) == 2
     (other,) = (x for x in tensors.values() if x.requires_grad)
     assert torch.autograd.grad(out.loss, other)[0].abs().sum() > 0
 
@@ -308,8 +346,8 @@ def test_double_backward_raises():
 def test_opcheck():
     x, terms = make_case((6, 9, 5), torch.float32)
     per_token = (terms.teacher_logprob, None, terms.old_logprob, terms.token_weight)
-    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, "reference")
-    args = (x.hidden, x.weight, x.bias, x.target, *per_token, *scalars)
+    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, None, "reference")
+    args = (x.hidden, x.weight, x.bias, x.target, None, *per_token, *scalars)
     torch.library.opcheck(linear_policy_loss_op, args)
 
 
@@ -318,8 +356,8 @@ def test_gradients_of_strided_inputs_are_what_the_fake_promises(which):
     x, terms = make_case((6, 9, 5), torch.float32)
     strided = getattr(x, which).detach().t().contiguous().t().requires_grad_()
     x = x._replace(**{which: strided, "target": x.target.clamp(min=0)})  # all rows live
-    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, "reference")
-    args = (*x, terms.teacher_logprob, None, None, None, *scalars)
+    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, None, "reference")
+    args = (*x, None, terms.teacher_logprob, None, None, None, *scalars)
     torch.library.opcheck(linear_policy_loss_op, args)
 
 

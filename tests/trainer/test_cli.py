@@ -13,6 +13,8 @@ import torch
 
 from xopd.cli import build_parser, main
 from xopd.config import Config, dump_config, load_config
+from xopd.doctor import HeadShape, eager_logit_bytes, loss_memory
+from xopd_kernels import Backend
 
 MakeConfig = Callable[..., Config]
 COMMANDS = ("demo", "data", "config", "train", "eval", "report", "doctor")
@@ -109,6 +111,16 @@ def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixtur
     text = capsys.readouterr().out
     for word in ("torch", "transformers", "REFERENCE", "available", "NATIVE", "N=1024"):
         assert word in text
+    assert "linear_policy_loss on TRITON, workspace" in text
+
+
+def test_doctor_counts_what_the_kernels_plan() -> None:
+    shape = HeadShape(hidden=2048, vocabulary=151_936, parameters=None)
+    plan = loss_memory(8192, shape, Backend.TRITON)
+    assert plan.workspace_bytes <= 640_000_000
+    assert plan.accumulator_bytes == 151_936 * 2048 * 4
+    # By hand: 16 bytes for each of 8192 * 151,936 logits.
+    assert eager_logit_bytes(8192, shape.vocabulary) == 19_914_555_392
 
 
 def test_eval_prints_and_writes_json(

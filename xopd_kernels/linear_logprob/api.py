@@ -1,16 +1,12 @@
 """linear_logprob: the per-token log-probability of a linear head, without the logits."""
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from xopd_kernels.backend import BackendChoice
+from xopd_kernels.inputs import prepare_head, prepare_options, prepare_target
 from xopd_kernels.linear_logprob.op import linear_logprob_op
-from xopd_kernels.records import Head, LinearLogprob
-from xopd_kernels.validation import check_backend, check_inputs, check_tensors
-
-# What autocast changes: F.linear leaves float64 and integers alone.
-_AUTOCAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from xopd_kernels.records import LinearLogprob, Transform
 
 
 def linear_logprob(
@@ -25,6 +21,7 @@ def linear_logprob(
     ignore_index: int = -100,
     needs_entropy: bool = False,
     vocab_group: ProcessGroup | None = None,
+    memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
 ) -> LinearLogprob:
     """Log-probability of `target` under softmax of a linear head, differentiable.
@@ -34,7 +31,9 @@ def linear_logprob(
 
     Args:
         hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
-        weight: [V, D], dtype of hidden; with `vocab_group` this rank's shard of the rows.
+        weight: [V, D], dtype of hidden; with `vocab_group` this rank's shard of the rows. Where it
+            has an fp32 attribute ``main_grad`` [V, D], its gradient is added there, unrounded, and
+            ``weight.grad`` stays as it is.
         target: [...] int64 classes, already shifted; `ignore_index` marks ignored tokens.
         bias: [V], dtype of weight.
         temperature: divides the logits, after `softcap`.
@@ -44,7 +43,10 @@ def linear_logprob(
             the first GEMM.
         needs_entropy: compute the entropy; else it comes back as an empty tensor [0].
         vocab_group: ranks that hold contiguous row shards of one weight, in rank order. hidden
-            and target must be equal on all of them; d_hidden is summed over them.
+            and target must be equal on all of them; d_hidden is summed over them. A DTensor
+            weight sharded on dim 0 brings its group along if hidden is a replicated DTensor.
+        memory_budget_bytes: bound of the workspace, see `memory_plan`; None: 48 MiB on a CPU,
+            640 MB on a CUDA device. More rows at a time, same result within rounding.
         backend: a Backend, which runs or raises, or "auto".
 
     Returns:
@@ -69,44 +71,21 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, torch.tensor([3, -100])).logprob
         tensor([-2.0794,  0.0000])
     """
-    check_tensors([("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)])
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(vocab_group))
-    check_inputs(hidden, head, target)
-    name = check_backend(backend)
-    shape = target.shape
+    tensors = [("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)]
+    backend_name = prepare_options(tensors, memory_budget_bytes, backend)
+    transform = Transform(temperature, softcap, logit_scale)
+    x = prepare_head(hidden, weight, bias, transform, vocab_group)
     logprob, lse, entropy = linear_logprob_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        float(temperature),
-        softcap,
-        float(logit_scale),
-        head.vocab_group,
+        *x[:3],
+        prepare_target(target, hidden),
+        x.main_grad,
+        *x.scalars,
+        x.vocab_group,
         ignore_index,
         needs_entropy,
-        name,
+        memory_budget_bytes,
+        backend_name,
     )
     if needs_entropy:
-        entropy = entropy.view(shape)
-    return LinearLogprob(logprob.view(shape), lse.view(shape), entropy)
-
-
-def autocast_inputs(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The inputs as F.linear would see them: in the autocast dtype where autocast is on.
-
-    Done here, not by register_autocast, which would also round the per-token fp32 inputs.
-    """
-    device_type = hidden.device.type
-    if not torch.is_autocast_enabled(device_type) or hidden.dtype not in _AUTOCAST_DTYPES:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device_type)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def group_name(group: ProcessGroup | None) -> str:
-    """The name by which an operator schema carries a process group; "" for None."""
-    return "" if group is None else str(group.group_name)
+        entropy = entropy.view(x.shape)
+    return LinearLogprob(logprob.view(x.shape), lse.view(x.shape), entropy)

@@ -10,10 +10,16 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend, resolve
+from xopd_kernels.chunk.autograd import (
+    Triple,
+    empty_gradients,
+    raise_double_backward,
+    refuse_graph_of_main_grad,
+)
+from xopd_kernels.chunk.call import Call
 from xopd_kernels.linear_logprob import reference
-from xopd_kernels.records import Head, LinearLogprob, Wanted
-
-Triple = tuple[Tensor, Tensor, Tensor]
+from xopd_kernels.memory import Operator, Workload
+from xopd_kernels.records import Head, HeadGradient, LinearLogprob, Transform, Wanted
 
 
 @torch.library.custom_op("xopd_kernels::linear_logprob", mutates_args=())
@@ -22,22 +28,34 @@ def linear_logprob_op(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    main_grad: Tensor | None,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     vocab_group: str,
     ignore_index: int,
     needs_entropy: bool,
+    memory_budget_bytes: int | None,
     backend: str,
 ) -> Triple:
-    """(logprob [N], lse [N], entropy [N] or [0]) of hidden [N, D] and target [N]."""
+    """(logprob [N], lse [N], entropy [N] or [0]) of hidden [N, D] and target [N].
+
+    `main_grad` [V, D] is only kept for the backward pass.
+    """
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
-    chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
+    chosen = resolve(backend, hidden.device, hidden.dtype)
+    work = _workload(hidden, head, Wanted(False, False, False), needs_entropy)
+    call = Call.of(head, work, chosen, memory_budget_bytes)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import forward
 
-        return forward(hidden, head, target, ignore_index, needs_entropy)
-    return reference.forward(hidden, head, target, ignore_index, needs_entropy)
+        return forward(call, hidden, target, ignore_index)
+    return reference.forward(call, hidden, target, ignore_index)
+
+
+def _workload(hidden: Tensor, head: Head, wanted: Wanted, needs_entropy: bool) -> Workload:
+    work = Workload.of(Operator.LOGPROB, hidden, head.weight, wanted)
+    return work._replace(has_softcap=head.softcap is not None, needs_entropy=needs_entropy)
 
 
 @linear_logprob_op.register_fake
@@ -46,12 +64,14 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    main_grad: Tensor | None,
     temperature: float,
     softcap: float | None,
     logit_scale: float,
     vocab_group: str,
     ignore_index: int,
     needs_entropy: bool,
+    memory_budget_bytes: int | None,
     backend: str,
 ) -> Triple:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -81,18 +101,37 @@ def linear_logprob_backward_op(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
+    memory_budget_bytes: int | None,
     backend: str,
 ) -> Triple:
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] for each that is not wanted."""
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     upstream = LinearLogprob(d_logprob, d_lse, d_entropy)
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
+    options = (ignore_index, memory_budget_bytes, backend)
+    return _run_backward(upstream, entropy, hidden, head, target, options, wanted, None)
+
+
+def _run_backward(
+    upstream: LinearLogprob,
+    entropy: Tensor,
+    hidden: Tensor,
+    head: Head,
+    target: Tensor,
+    options: tuple[int, int | None, str],
+    wanted: Wanted,
+    main_grad: Tensor | None,
+) -> HeadGradient:
+    """The backward pass on the backend of `options` = (ignore_index, budget, backend)."""
+    ignore_index, budget, backend = options
+    chosen = resolve(backend, hidden.device, hidden.dtype)
+    work = _workload(hidden, head, wanted, upstream.entropy.numel() > 0)
+    call = Call.of(head, work, chosen, budget)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import backward
 
-        return backward(upstream, entropy, hidden, head, target, ignore_index, wanted)
-    return reference.backward(upstream, entropy, hidden, head, target, ignore_index, wanted)
+        return backward(call, upstream, entropy, hidden, target, ignore_index, main_grad)
+    return reference.backward(call, upstream, entropy, hidden, target, ignore_index, main_grad)
 
 
 @linear_logprob_backward_op.register_fake
@@ -113,55 +152,53 @@ def _(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
+    memory_budget_bytes: int | None,
     backend: str,
 ) -> Triple:
     return empty_gradients(hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias))
 
 
-def empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted) -> Triple:
-    """Uninitialised contiguous gradients; [0] for each that is not wanted. For fakes."""
-    return (
-        hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight.new_empty(weight.shape if wanted.weight else (0,)),
-        weight.new_empty(weight.shape[:1] if wanted.bias else (0,)),
-    )
-
-
-def raise_double_backward(ctx: Any, *grads: Tensor) -> None:
-    """The autograd formula of the backward operators: there is none."""
-    raise RuntimeError(
-        "xopd_kernels does not differentiate twice (create_graph=True); "
-        "use plain torch operations where second derivatives are needed"
-    )
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
-    hidden, weight, bias, target, *scalars = inputs
+    hidden, weight, bias, target, main_grad, *scalars = inputs
     ctx.save_for_backward(hidden, weight, bias, target, output[2])
+    # Not saved: others add to it between forward and backward, which is no error.
+    ctx.main_grad = main_grad
     ctx.scalars = scalars
 
 
 def _backward(ctx: Any, d_logprob: Tensor, d_lse: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, target, entropy = ctx.saved_tensors
-    *transform, vocab_group, ignore_index, _, backend = ctx.scalars
+    *transform, vocab_group, ignore_index, _, budget, backend = ctx.scalars
     wanted = Wanted(*ctx.needs_input_grad[:3])
-    gradients = linear_logprob_backward_op(
-        d_logprob,
-        d_lse,
-        d_entropy,
-        entropy,
-        hidden,
-        weight,
-        bias,
-        target,
-        *transform,
-        vocab_group,
-        ignore_index,
-        *wanted,
-        backend,
-    )
+    gradients: Triple
+    if ctx.main_grad is not None and wanted.weight:
+        refuse_graph_of_main_grad()
+        head = Head(weight, bias, *Transform(*transform), vocab_group)
+        upstream = LinearLogprob(d_logprob, d_lse, d_entropy)
+        options = (ignore_index, budget, backend)
+        gradients = _run_backward(
+            upstream, entropy, hidden, head, target, options, wanted, ctx.main_grad
+        )
+        wanted = wanted._replace(weight=False)
+    else:
+        gradients = linear_logprob_backward_op(
+            d_logprob,
+            d_lse,
+            d_entropy,
+            entropy,
+            hidden,
+            weight,
+            bias,
+            target,
+            *transform,
+            vocab_group,
+            ignore_index,
+            *wanted,
+            budget,
+            backend,
+        )
     read = [grad if is_wanted else None for grad, is_wanted in zip(gradients, wanted, strict=True)]
-    return (*read, *[None] * 8)
+    return (*read, *[None] * 10)
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)

@@ -3,20 +3,19 @@
 import math
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from xopd_kernels.backend import BackendChoice
-from xopd_kernels.linear_logprob.api import autocast_inputs, group_name
-from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op
-from xopd_kernels.records import Head, PolicyLoss, Wanted
-from xopd_kernels.validation import (
-    check_backend,
-    check_inputs,
-    check_per_token,
-    check_tensors,
+from xopd_kernels.inputs import (
+    prepare_head,
+    prepare_options,
+    prepare_target,
+    wanted_gradients,
 )
+from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op
+from xopd_kernels.records import PolicyLoss, Transform
+from xopd_kernels.validation import check_clamp, check_per_token
 
 
 def linear_policy_loss(
@@ -38,6 +37,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     vocab_group: ProcessGroup | None = None,
     gradient: Literal["exact"] = "exact",
+    memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
 ) -> PolicyLoss:
     """Clipped policy loss of sampled tokens; the gradients are computed in the forward pass.
@@ -60,8 +60,8 @@ def linear_policy_loss(
             is ignored as one of target `ignore_index` is.
         clip_low, clip_high: >= 0; the ratio is clipped to [1 - clip_low, 1 + clip_high].
         advantage_clamp: > 0, nat; math.inf for none.
-        bias, temperature, softcap, logit_scale, ignore_index, vocab_group, backend: as in
-            `linear_logprob`.
+        bias, temperature, softcap, logit_scale, ignore_index, vocab_group,
+            memory_budget_bytes, backend: as in `linear_logprob`.
         gradient: "exact" is the only one.
 
     Returns:
@@ -104,52 +104,34 @@ def linear_policy_loss(
         ("old_logprob", old_logprob),
         ("token_weight", token_weight),
     ]
-    inputs = [("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)]
-    check_tensors([*inputs, *per_token])
-    hidden, weight, bias = autocast_inputs(hidden, weight, bias)
-    head = Head(weight, bias, temperature, softcap, logit_scale, group_name(vocab_group))
-    check_inputs(hidden, head, target)
-    check_per_token(per_token, target)
+    tensors = [("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)]
+    backend_name = prepare_options([*tensors, *per_token], memory_budget_bytes, backend)
+    transform = Transform(temperature, softcap, logit_scale)
+    x = prepare_head(hidden, weight, bias, transform, vocab_group)
+    flat_target = prepare_target(target, hidden)
+    check_per_token(per_token, x.shape)
     if (teacher_logprob is None) == (advantage is None):
         count = "neither" if advantage is None else "both"
         raise ValueError(f"exactly one of teacher_logprob and advantage must be given, got {count}")
     _check_scalars(clip_low, clip_high, advantage_clamp, gradient)
-    name = check_backend(backend)
-    shape = target.shape
     # Constants: without detach the loss would ask for a gradient that nobody computes.
-    teacher, given, old, weights = (
-        None if x is None else x.detach().reshape(-1) for _, x in per_token
-    )
-    wanted = _wanted(hidden, weight, bias)
+    terms = (None if value is None else value.detach().reshape(-1) for _, value in per_token)
     loss, *rows, _, _, _ = linear_policy_loss_op(
-        hidden.reshape(-1, hidden.shape[-1]),
-        weight,
-        bias,
-        target.reshape(-1),
-        teacher,
-        given,
-        old,
-        weights,
+        *x[:3],
+        flat_target,
+        x.main_grad,
+        *terms,
         float(clip_low),
         float(clip_high),
         float(advantage_clamp),
-        float(temperature),
-        softcap,
-        float(logit_scale),
-        head.vocab_group,
+        *x.scalars,
+        x.vocab_group,
         ignore_index,
-        *wanted,
-        name,
+        *wanted_gradients(*x[:3]),
+        memory_budget_bytes,
+        backend_name,
     )
-    return PolicyLoss(loss, *(row.detach().view(shape) for row in rows))
-
-
-def _wanted(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
-    """The gradients that autograd will ask for."""
-    if not torch.is_grad_enabled():
-        return Wanted(False, False, False)
-    has_bias_gradient = bias is not None and bias.requires_grad
-    return Wanted(hidden.requires_grad, weight.requires_grad, has_bias_gradient)
+    return PolicyLoss(loss, *(row.detach().view(x.shape) for row in rows))
 
 
 def _check_scalars(
@@ -158,9 +140,6 @@ def _check_scalars(
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
         if math.isnan(value) or value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
-    if math.isnan(advantage_clamp) or advantage_clamp <= 0:
-        raise ValueError(
-            f"advantage_clamp must be > 0, got {advantage_clamp}; use math.inf for no clamp"
-        )
+    check_clamp(advantage_clamp)
     if gradient != "exact":
         raise ValueError(f'gradient must be "exact", got {gradient!r}')

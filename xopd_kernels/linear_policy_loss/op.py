@@ -1,7 +1,7 @@
 """torch.library schemas of linear_policy_loss: forward with gradients, their scaling, autograd.
 
 The forward operator computes the gradients that will be read and hands them out as outputs; the
-backward operator multiplies them by the upstream gradient. Backends load when an operator runs.
+backward pass multiplies them by the upstream gradient. Backends load when an operator runs.
 """
 
 from typing import Any
@@ -10,8 +10,15 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend, resolve
-from xopd_kernels.linear_logprob.op import Triple, empty_gradients, raise_double_backward
+from xopd_kernels.chunk.autograd import (
+    Triple,
+    empty_gradients,
+    raise_double_backward,
+    scaled_gradients,
+)
+from xopd_kernels.chunk.call import Call
 from xopd_kernels.linear_policy_loss import reference
+from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import Head, PolicyTerms, Wanted
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -23,6 +30,7 @@ def linear_policy_loss_op(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    main_grad: Tensor | None,
     teacher_logprob: Tensor | None,
     advantage: Tensor | None,
     old_logprob: Tensor | None,
@@ -38,21 +46,30 @@ def linear_policy_loss_op(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
+    memory_budget_bytes: int | None,
     backend: str,
 ) -> Results:
-    """(loss, logprob, lse, advantage, ratio, is_clipped, d_hidden, d_weight, d_bias)."""
+    """(loss, logprob, lse, advantage, ratio, is_clipped, d_hidden, d_weight, d_bias).
+
+    With `main_grad` d_weight is handed out in fp32, unrounded; the backward pass adds it there.
+    """
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     terms = PolicyTerms(
         teacher_logprob, advantage, old_logprob, token_weight, clip_low, clip_high, advantage_clamp
     )
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    chosen = resolve(backend, hidden.device, hidden.dtype, vocab_group)
+    chosen = resolve(backend, hidden.device, hidden.dtype)
+    work = Workload.of(Operator.POLICY_LOSS, hidden, weight, wanted)._replace(
+        has_softcap=softcap is not None
+    )
+    call = Call.of(head, work, chosen, memory_budget_bytes)
+    keeps_fp32 = main_grad is not None
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_policy_loss.triton import forward
 
-        result, grad = forward(hidden, head, target, terms, ignore_index, wanted)
+        result, grad = forward(call, hidden, target, terms, ignore_index, keeps_fp32)
     else:
-        result, grad = reference.forward(hidden, head, target, terms, ignore_index, wanted)
+        result, grad = reference.forward(call, hidden, target, terms, ignore_index, keeps_fp32)
     return (*result, *grad)
 
 
@@ -62,6 +79,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
+    main_grad: Tensor | None,
     teacher_logprob: Tensor | None,
     advantage: Tensor | None,
     old_logprob: Tensor | None,
@@ -77,6 +95,7 @@ def _(
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
+    memory_budget_bytes: int | None,
     backend: str,
 ) -> Results:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -88,7 +107,7 @@ def _(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=torch.bool),
-        *empty_gradients(hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias)),
+        *empty_gradients(hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias), main_grad),
     )
 
 
@@ -107,13 +126,15 @@ def _(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor) -> Tri
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     ctx.save_for_backward(*output[6:])
+    ctx.main_grad = inputs[4]
     ctx.input_count = len(inputs)
 
 
 def _backward(ctx: Any, d_loss: Tensor, *unread: Tensor) -> tuple[Any, ...]:
-    gradients = linear_policy_loss_backward_op(d_loss, *ctx.saved_tensors)
-    wanted = ctx.needs_input_grad[:3]
-    read = [grad if is_wanted else None for grad, is_wanted in zip(gradients, wanted, strict=True)]
+    wanted = Wanted(*ctx.needs_input_grad[:3])
+    read = scaled_gradients(
+        d_loss, ctx.saved_tensors, wanted, ctx.main_grad, linear_policy_loss_backward_op
+    )
     return (*read, *[None] * (ctx.input_count - 3))
 
 

@@ -11,47 +11,63 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xopd_kernels.linear_logprob.reference import (
-    ChunkSoftmax,
-    ChunkStats,
-    GradientSum,
-    LiveRows,
-)
-from xopd_kernels.records import Head, HeadGradient, PolicyLoss, PolicyTerms, Wanted
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.reference import ChunkSoftmax, ChunkStats, GradientSum, LiveRows
+from xopd_kernels.records import HeadGradient, PolicyLoss, PolicyTerms
 
 
 def forward(
+    call: Call,
     hidden: Tensor,
-    head: Head,
     target: Tensor,
     terms: PolicyTerms,
     ignore_index: int,
-    wanted: Wanted,
+    keeps_fp32: bool,
 ) -> tuple[PolicyLoss, HeadGradient]:
-    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass."""
+    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass.
+
+    d_weight comes in the dtype of the arithmetic if `keeps_fp32`, else in that of the weight.
+    """
     is_live = target != ignore_index
     if terms.token_weight is not None:
         is_live &= terms.token_weight != 0
     live = LiveRows.of(is_live)
-    softmax = ChunkSoftmax.of(head, live.take(target), has_entropy=False)
-    rows_hidden = live.take(hidden)
-    gradient = GradientSum.of(rows_hidden, softmax, wanted)
-    terms = terms.map(lambda values: live.take(values).to(softmax.dtype))
-    rows = _Rows.empty(live.live, softmax.buffer)
-    for part in softmax.parts():
-        chunk_hidden = rows_hidden[part].to(softmax.dtype)
+    softmax = ChunkSoftmax.of(call, target, live)
+    gradient = GradientSum.of(hidden, softmax.logits, live)
+    terms = terms.map(lambda values: live.take(values).to(call.dtype))
+    rows = _Rows.empty(live.live, softmax.logits.buffer)
+    for part in live.parts(call.step):
+        chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         stats = softmax.forward(chunk_hidden, part)
         token = token_loss(stats.logprob, terms.map(operator.itemgetter(part)))
         rows.put(part, stats, token)
-        if any(wanted):
-            # d_logit = c * (1[y] - p); the buffer holds p * total. 1 - p = -expm1(log p).
-            c = token.coefficient
-            exponential = softmax.buffer[: len(chunk_hidden)]
-            d_logit = exponential.mul_((-c / stats.total)[:, None])
-            softmax.set_target_(d_logit, part, -c * stats.logprob.expm1())
-            gradient.add(part, chunk_hidden, d_logit)
-    loss = rows.loss.sum()
-    return PolicyLoss(loss, *(live.spread(x) for x in rows[1:])), gradient.result(hidden, live)
+        if call.work.has_gradient:
+            alive = _alive(token.coefficient)
+            d_logit = _logit_gradient_(softmax, stats, token.coefficient, alive)
+            gradient.add(part, chunk_hidden, d_logit, alive)
+    result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
+    return result, gradient.result(call.dtype if keeps_fp32 else None)
+
+
+def _alive(coefficient: Tensor) -> Tensor | None:
+    """The rows [n] whose coefficient is not 0 (clipped, no advantage); None if that is all."""
+    alive = coefficient.nonzero().squeeze(1)
+    return None if len(alive) == len(coefficient) else alive
+
+
+def _logit_gradient_(
+    softmax: ChunkSoftmax, stats: ChunkStats, coefficient: Tensor, alive: Tensor | None
+) -> Tensor:
+    """d_logit = c * (1[y] - p) of the rows alive; the buffer holds p * total.
+
+    1 - p = -expm1(log p). Rows without a gradient are left out of the two GEMMs that follow.
+    """
+    d_logit = softmax.logits.keep(len(coefficient), alive)
+    stats = stats.take(alive)
+    c = coefficient if alive is None else coefficient[alive]
+    d_logit.mul_((-c / stats.total)[:, None])
+    stats.set_target_(d_logit, -c * stats.logprob.expm1())
+    return d_logit
 
 
 class _Rows(NamedTuple):

@@ -10,21 +10,17 @@ import torch
 import triton
 from torch import Tensor
 
-from xopd_kernels.linear_logprob.config import ROWS_PER_PROGRAM, chunk_rows
-from xopd_kernels.linear_logprob.triton import (
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.triton import (
+    Alive,
     ChunkPipeline,
     DeviceRows,
     GradientSum,
     RowGradients,
     RowStatistics,
 )
-from xopd_kernels.records import (
-    Head,
-    HeadGradient,
-    PolicyLoss,
-    PolicyTerms,
-    Wanted,
-)
+from xopd_kernels.linear_logprob.config import ROWS_PER_PROGRAM
+from xopd_kernels.records import HeadGradient, PolicyLoss, PolicyTerms
 from xopd_kernels.target import device_guard
 from xopd_kernels.tile.token_loss import policy_kernel
 
@@ -44,37 +40,41 @@ class _Rows(NamedTuple):
 
 
 def forward(
+    call: Call,
     hidden: Tensor,
-    head: Head,
     target: Tensor,
     terms: PolicyTerms,
     ignore_index: int,
-    wanted: Wanted,
+    keeps_fp32: bool,
 ) -> tuple[PolicyLoss, HeadGradient]:
-    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass."""
+    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass.
+
+    d_weight comes in fp32 if `keeps_fp32`, else in the dtype of the weight.
+    """
     is_live = target != ignore_index
     if terms.token_weight is not None:
         is_live &= terms.token_weight != 0
-    has_gradient = any(wanted)
-    chunk = chunk_rows(len(target), len(head.weight)) if has_gradient else len(target)
-    live = DeviceRows.of(is_live, chunk)
-    pipeline = ChunkPipeline.of(hidden, head, target, live)
+    live = DeviceRows.of(is_live, call.step)
+    pipeline = ChunkPipeline.of(call, target, live)
     terms = terms.map(lambda values: live.take(values).float())
     out = hidden.new_zeros(len(_Rows._fields), len(target), dtype=torch.float32)
     rows = _Rows(*out)
-    logits = pipeline.empty_logits() if has_gradient else None
-    gradient = GradientSum.of(pipeline, wanted)
+    logits = pipeline.empty_logits() if call.work.has_gradient else None
+    gradient = GradientSum.of(pipeline, hidden, keeps_fp32=keeps_fp32)
     statistics = RowStatistics(rows.logprob, rows.lse, rows.maximum, rows.total, None)
     upstream = RowGradients(rows.coefficient, None, None)
     for part, live_count in live.parts():
-        partial = pipeline.run_logits(part, live_count, logits, has_moment=False)
+        chunk = pipeline.gather(hidden, part)
+        partial = pipeline.run_logits(chunk, part, live_count, logits, has_moment=False)
         _run_policy(partial, pipeline.target_logit[part], live_count, terms, out, part)
         if logits is not None:
-            gradient.add(part, live_count, logits, statistics, upstream)
+            alive = Alive.of(rows.coefficient[part])
+            d_logit = pipeline.run_gradient(logits, part, alive, statistics, upstream)
+            gradient.add(part, chunk, d_logit, alive)
     logprob, lse, advantage, ratio, is_clipped = (live.spread(x) for x in rows[1:6])
     loss = rows.loss.sum()
     result = PolicyLoss(loss, logprob, lse, advantage, ratio, is_clipped != 0)
-    return result, gradient.result(live)
+    return result, gradient.result()
 
 
 def _run_policy(

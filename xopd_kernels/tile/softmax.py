@@ -131,6 +131,7 @@ def gradient_kernel(
     logits_ptr,
     gradient_ptr,
     target_ptr,
+    row_ptr,
     live_ptr,
     logprob_ptr,
     maximum_ptr,
@@ -147,6 +148,8 @@ def gradient_kernel(
 ):
     """Replace a row of logits by its gradient d(loss)/d(linear output), in place.
 
+    The first *live_ptr of row_ptr, or of all rows without it.
+
     gradient_ptr is the same memory, in the dtype of the GEMM. A narrower gradient ends before
     the logits that are still to be read; the barrier keeps a tile's store behind its loads.
     p = exp(z - maximum) / total: exp(z - lse) would lose the digits that lse loses by rounding
@@ -155,6 +158,8 @@ def gradient_kernel(
     row = tl.cast(tl.program_id(0), tl.int64)
     if row >= tl.load(live_ptr):
         return
+    if row_ptr is not None:
+        row = tl.load(row_ptr + row)
     target = tl.load(target_ptr + row)
     maximum = tl.load(maximum_ptr + row)
     total = tl.load(total_ptr + row)

@@ -1,0 +1,53 @@
+"""One call of an operator, as the backends see it: the head, its shard, and how rows are cut."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.backend import Backend
+from xopd_kernels.memory import Workload, chunk_rows, reference_blocks
+from xopd_kernels.records import Head, Wanted
+from xopd_kernels.shard import VocabShard
+
+
+class Call(NamedTuple):
+    """What every backend function needs besides its tensors."""
+
+    head: Head
+    shard: VocabShard
+    work: Workload
+    step: int  # rows of a chunk
+    tile_classes: int  # REFERENCE: classes of the weight that are upcast at a time
+    block_bytes: int  # REFERENCE: of an element-wise temporary
+
+    @classmethod
+    def of(cls, head: Head, work: Workload, backend: Backend, budget: int | None) -> "Call":
+        """Cut the rows within the budget; ValueError if it is too small."""
+        shard = VocabShard.of(head.weight, head.vocab_group)
+        # Chunks for the largest shard: every rank of a group must cut the rows alike, however
+        # uneven the shards, or their collectives would not meet.
+        work = work._replace(vocab_size=shard.largest)
+        step = chunk_rows(work, backend, budget)
+        if backend is not Backend.REFERENCE:
+            return cls(head, shard, work, step, 0, 0)
+        return cls(head, shard, work, step, *reference_blocks(work, budget))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of logits and sums."""
+        return self.work.arithmetic
+
+    @property
+    def wanted(self) -> Wanted:
+        """The gradients that somebody reads."""
+        return self.work.wanted
+
+    def block_rows(self) -> int:
+        """Rows of a [rows, V] buffer whose temporaries stay in a core's cache (REFERENCE)."""
+        return max(1, self.block_bytes // (self.work.vocab_size * self.dtype.itemsize))
+
+    def empty(self, rows: int) -> Tensor:
+        """An uninitialised [rows, V] buffer of logits."""
+        shape = (rows, len(self.head.weight))
+        return torch.empty(shape, dtype=self.dtype, device=self.head.weight.device)

@@ -1,0 +1,271 @@
+"""Row chunks in eager torch: what every Backend.REFERENCE implementation is made of.
+
+Rows are processed in chunks, so that no tensor of N * V elements exists. Everything is computed
+in float32 (float64 for float64 inputs) from upcast inputs: log-probs that come from logits rounded
+to bf16 are off by up to 0.06 nat and can be positive. Deterministic: fixed chunk order, no atomics.
+How many rows a chunk has, and what else is allocated, is decided in `xopd_kernels.memory`.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.records import HeadGradient
+from xopd_kernels.shard import VocabShard
+from xopd_kernels.validation import check_target_range
+
+LOG_ZERO = -1000.0  # exp(LOG_ZERO) == 0 even in float64; keeps 0 * log(0) at 0, not NaN
+
+
+class LiveRows(NamedTuple):
+    """The rows that are not ignored; the others are taken out before the first GEMM."""
+
+    kept: Tensor | None  # [live] int64 row numbers; None if all are live (nothing is copied then)
+    live: int
+    total: int
+
+    @classmethod
+    def of(cls, is_live: Tensor) -> "LiveRows":
+        kept = is_live.nonzero().squeeze(1)
+        all_live = len(kept) == len(is_live)
+        return cls(None if all_live else kept, len(kept), len(is_live))
+
+    def parts(self, step: int) -> Iterator[slice]:
+        """Chunks of at most `step` live rows, in order."""
+        for begin in range(0, self.live, max(1, step)):
+            yield slice(begin, min(begin + step, self.live))
+
+    def take(self, values: Tensor) -> Tensor:
+        """The live rows of `values` [total, ...]."""
+        return values if self.kept is None else values.index_select(0, self.kept)
+
+    def take_any(self, values: Tensor) -> Tensor:
+        """As `take`; an empty `values` (a statistic that was not asked for) stays empty."""
+        return self.take(values) if values.numel() else values
+
+    def chunk(self, values: Tensor, part: slice) -> Tensor:
+        """The live rows `part` of `values` [total, ...]: a chunk's copy, never all rows."""
+        return values[part] if self.kept is None else values.index_select(0, self.kept[part])
+
+    def rows(self, part: slice, alive: Tensor | None) -> Tensor | slice:
+        """Where the live rows `part` (of those, only `alive`) lie among all rows."""
+        if self.kept is not None:
+            rows = self.kept[part]
+            return rows if alive is None else rows[alive]
+        return part if alive is None else alive + part.start
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`values` [live, ...] back in their rows; the ignored rows are 0."""
+        if self.kept is None:
+            return values
+        spread = values.new_zeros(self.total, *values.shape[1:])
+        return spread.index_copy_(0, self.kept, values)
+
+
+class ChunkLogits(NamedTuple):
+    """The logits of a head over one row chunk after the other, in buffers that are reused."""
+
+    call: Call
+    buffer: Tensor  # [chunk, V] logits, and what is made of them in place
+    slope: Tensor | None  # [chunk, V] d(logit)/d(linear output); only with softcap and a gradient
+
+    @classmethod
+    def of(cls, call: Call, live: LiveRows) -> "ChunkLogits":
+        """Allocate for chunks of the live rows."""
+        rows = min(call.step, live.live)
+        has_slope = call.work.has_gradient and call.head.softcap is not None
+        return cls(call, call.empty(rows), call.empty(rows) if has_slope else None)
+
+    def weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weight in the dtype of the arithmetic; upcast tile by tile where it differs."""
+        weight, dtype, step = self.call.head.weight, self.call.dtype, self.call.tile_classes
+        if weight.dtype == dtype:
+            yield slice(0, len(weight)), weight
+            return
+        for begin in range(0, len(weight), step):
+            classes = slice(begin, min(begin + step, len(weight)))
+            yield classes, weight[classes].to(dtype)
+
+    def fill(self, hidden: Tensor) -> Tensor:
+        """The transformed logits of the chunk `hidden` [rows, D], in the buffer; fills `slope`."""
+        head = self.call.head
+        z = self.buffer[: len(hidden)]
+        for classes, tile in self.weight_tiles():
+            torch.mm(hidden, tile.t(), out=z[:, classes])
+        if head.bias is not None:
+            z.add_(head.bias.to(z.dtype))
+        if head.softcap is None:
+            return z if head.slope == 1.0 else z.mul_(head.slope)
+        z.mul_(head.logit_scale / head.softcap)
+        if self.slope is not None:
+            # d tanh(x) = 1 / cosh(x)^2; 1 - tanh(x)^2 would cancel near saturation.
+            slope = self.slope[: len(z)]
+            torch.cosh(z, out=slope).reciprocal_().square_()
+        return z.tanh_().mul_(head.softcap / head.temperature)
+
+    def keep(self, count: int, alive: Tensor | None) -> Tensor:
+        """The first `count` rows; only those of `alive` [n] int64, moved to the front in place."""
+        if alive is None:
+            return self.buffer[:count]
+        step = self.call.block_rows()
+        if self.slope is not None:
+            move_to_front_(self.slope, alive, step)
+        return move_to_front_(self.buffer, alive, step)
+
+
+def move_to_front_(buffer: Tensor, alive: Tensor, step: int) -> Tensor:
+    """The rows `alive` (ascending) of `buffer` [rows, V], moved to its front: a view of them.
+
+    Row k goes to a place at or before its own, so blocks of `step` rows that are moved in order
+    overwrite only what has been moved already; a block's copy is all the memory this takes.
+    """
+    for begin in range(0, len(alive), step):
+        rows = alive[begin : begin + step]
+        buffer[begin : begin + len(rows)] = buffer.index_select(0, rows)
+    return buffer[: len(alive)]
+
+
+class ChunkSoftmax(NamedTuple):
+    """The softmax of the head over one row chunk after the other, and its targets."""
+
+    logits: ChunkLogits
+    shard: VocabShard
+    target: Tensor  # [n] int64 local class, 0 where the class is another rank's
+    is_local: Tensor  # [n] bool
+    extra: Tensor | None  # [chunk, V]; only with entropy
+
+    @classmethod
+    def of(cls, call: Call, target: Tensor, live: LiveRows) -> "ChunkSoftmax":
+        """Allocate for `target` [N]; raises ValueError if a live one is out of range."""
+        shard, target = call.shard, live.take(target)
+        check_target_range(target, shard.classes)
+        local = target - shard.offset
+        is_local = (local >= 0) & (local < len(call.head.weight))
+        logits = ChunkLogits.of(call, live)
+        extra = torch.empty_like(logits.buffer) if call.work.needs_entropy else None
+        return cls(logits, shard, local.where(is_local, 0), is_local, extra)
+
+    def forward(self, hidden: Tensor, part: slice) -> "ChunkStats":
+        """Statistics of a chunk; the buffer then holds e = exp(logit - maximum).
+
+        With entropy the spare buffer holds e * (logit - maximum).
+        """
+        z = self.logits.fill(hidden)
+        target, is_local = self.target[part], self.is_local[part]
+        maximum = self.shard.maximum_(z.amax(1))
+        # A row of -inf logits: lse -inf and logprob NaN, as in torch; not inf - inf everywhere.
+        maximum = maximum.where(maximum != -torch.inf, 0.0)
+        at_target = z.gather(1, target[:, None]).squeeze(1)
+        z.sub_(maximum[:, None])
+        if self.extra is None:
+            total = z.exp_().sum(1)
+            moment = total
+        else:
+            shifted = self.extra[: len(z)].copy_(z).clamp_(min=LOG_ZERO)
+            total = z.exp_().sum(1)
+            moment = shifted.mul_(z).sum(1)
+        found = is_local.to(z.dtype)
+        local = torch.where(is_local, at_target, 0.0)
+        total, moment, local, found = self.shard.sum_(torch.stack((total, moment, local, found)))
+        at_target = local.where(found > 0, torch.nan)
+        log_total = total.log()
+        # H = log(total) - sum(p * (z - max)): both terms >= 0, so nothing cancels.
+        entropy = log_total - moment / total
+        logprob = (at_target - maximum) - log_total
+        return ChunkStats(logprob, maximum + log_total, entropy, total, target, is_local)
+
+
+class ChunkStats(NamedTuple):
+    """Row statistics of a chunk; `total` is the sum of exp(logit - maximum) over all classes."""
+
+    logprob: Tensor
+    lse: Tensor
+    entropy: Tensor  # meaningless unless has_entropy
+    total: Tensor
+    target: Tensor  # local class
+    is_local: Tensor  # bool: this rank holds the target
+
+    def take(self, alive: Tensor | None) -> "ChunkStats":
+        """The rows `alive`; all of them if None."""
+        return self if alive is None else ChunkStats(*(x[alive] for x in self))
+
+    def set_target_(self, d_logit: Tensor, values: Tensor) -> None:
+        """Write the target entry of each row, on the rank that holds it."""
+        column = self.target[:, None]
+        old = d_logit.gather(1, column)
+        d_logit.scatter_(1, column, values[:, None].where(self.is_local[:, None], old))
+
+
+class GradientSum(NamedTuple):
+    """Accumulates d_hidden, d_weight, d_bias over row chunks, in the dtype of the arithmetic."""
+
+    logits: ChunkLogits
+    live: LiveRows
+    hidden: Tensor | None  # [N, D] in the dtype of hidden: each row is written once
+    weight: Tensor | None  # [V, D] accumulator
+    bias: Tensor | None  # [V] accumulator
+    main_grad: Tensor | None  # is `weight`, and holds what other calls have added
+
+    @classmethod
+    def of(
+        cls, hidden: Tensor, logits: ChunkLogits, live: LiveRows, main_grad: Tensor | None = None
+    ) -> "GradientSum":
+        """Buffers for what is wanted of `hidden` [N, D]; d_weight is added to `main_grad`."""
+        weight, dtype, wanted = logits.call.head.weight, logits.call.dtype, logits.call.wanted
+        # new_*, not *_like: contiguous, as the fake kernels promise, whatever the inputs' strides.
+        d_weight = main_grad
+        if wanted.weight and main_grad is None:
+            d_weight = weight.new_empty(weight.shape, dtype=dtype)
+        return cls(
+            logits,
+            live,
+            hidden.new_zeros(hidden.shape) if wanted.hidden else None,
+            d_weight if wanted.weight else None,
+            weight.new_zeros(len(weight), dtype=dtype) if wanted.bias else None,
+            main_grad,
+        )
+
+    def add(self, part: slice, hidden: Tensor, d_logit: Tensor, alive: Tensor | None) -> None:
+        """Add a chunk; `d_logit` [rows, V] is scaled in place to d(linear output).
+
+        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`.
+        """
+        logits = self.logits
+        if logits.slope is not None:
+            d_logit.mul_(logits.slope[: len(d_logit)])
+        if logits.call.head.slope != 1.0:
+            d_logit.mul_(logits.call.head.slope)
+        if alive is not None:
+            hidden = hidden[alive]
+        if self.hidden is not None:
+            d_hidden = torch.zeros_like(hidden)
+            for classes, tile in logits.weight_tiles():
+                d_hidden.addmm_(d_logit[:, classes], tile)
+            rows = self.live.rows(part, alive)
+            self.hidden[rows] = logits.call.shard.sum_(d_hidden).to(self.hidden.dtype)
+        if self.weight is not None and part.start == 0 and self.main_grad is None:
+            torch.mm(d_logit.t(), hidden, out=self.weight)  # spares filling it with zeros
+        elif self.weight is not None:
+            self.weight.addmm_(d_logit.t(), hidden)
+        if self.bias is not None:
+            self.bias.add_(d_logit.sum(0))
+
+    def result(self, weight_dtype: torch.dtype | None = None) -> HeadGradient:
+        """The gradients, [0] where not wanted or in main_grad; d_weight in `weight_dtype`.
+
+        None: each in the dtype of its tensor.
+        """
+        head = self.logits.call.head
+        dtype = head.weight.dtype if weight_dtype is None else weight_dtype
+        nothing = head.weight.new_empty
+        weight = None if self.main_grad is not None else self.weight
+        if weight is not None and self.live.live == 0:
+            weight.zero_()  # no chunk has written it
+        return HeadGradient(
+            nothing(0) if self.hidden is None else self.hidden,
+            nothing(0, dtype=dtype) if weight is None else weight.to(dtype),
+            nothing(0) if self.bias is None else self.bias.to(head.weight.dtype),
+        )

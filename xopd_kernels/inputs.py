@@ -1,0 +1,159 @@
+"""What every operator does with its arguments before the schema: check, unwrap, cast, flatten."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
+
+from xopd_kernels.backend import BackendChoice
+from xopd_kernels.records import Transform, Wanted
+from xopd_kernels.shard import local_shard
+from xopd_kernels.validation import (
+    check_backend,
+    check_budget,
+    check_head,
+    check_target,
+    check_tensors,
+)
+
+# What autocast changes: F.linear leaves float64 and integers alone.
+_AUTOCAST_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class HeadInputs(NamedTuple):
+    """Checked arguments of one head, as the operator schemas take them."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D], this rank's shard of it with vocab_group
+    bias: Tensor | None  # [V]
+    main_grad: Tensor | None  # [V, D] fp32, of the weight; None if it has none or is frozen
+    scalars: Transform
+    vocab_group: str  # name of the process group; "" = not sharded
+    shape: torch.Size  # of the tokens
+
+    def first_classes(self, count: int) -> "HeadInputs":
+        """Without the classes beyond `count`: sliced away, never padded."""
+        if count == len(self.weight):
+            return self
+        weight, bias, main_grad = (
+            None if x is None else x[:count] for x in (self.weight, self.bias, self.main_grad)
+        )
+        if weight is None:
+            raise RuntimeError("a head has a weight")
+        return self._replace(weight=weight, bias=bias, main_grad=main_grad)
+
+
+def prepare_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: Transform,
+    vocab_group: ProcessGroup | None = None,
+    prefix: str = "",
+) -> HeadInputs:
+    """Checked and flattened inputs of a head; raises TypeError or ValueError."""
+    main_grad = _main_grad(weight, prefix)
+    hidden, weight, bias, group_name = local_shard(hidden, weight, bias, vocab_group)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check_head(hidden, weight, bias, transform, prefix)
+    temperature, softcap, logit_scale = transform
+    scalars = Transform(
+        float(temperature), None if softcap is None else float(softcap), float(logit_scale)
+    )
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return HeadInputs(rows, weight, bias, main_grad, scalars, group_name, hidden.shape[:-1])
+
+
+HeadArguments = tuple[Tensor, Tensor, Tensor | None, Transform]  # hidden, weight, bias, scalars
+
+
+def check_pair(student: HeadArguments, teacher: HeadArguments) -> int:
+    """Classes that student and teacher share; raises unless both heads score the same tokens."""
+    check_head(*student)
+    check_head(*teacher, "teacher_")
+    hidden, teacher_hidden = student[0], teacher[0]
+    if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            "teacher_hidden must have the leading shape of hidden "
+            f"{list(hidden.shape[:-1])}, got {list(teacher_hidden.shape[:-1])}; one row a token"
+        )
+    if (hidden.dtype == torch.float64) != (teacher_hidden.dtype == torch.float64):
+        raise TypeError(
+            "hidden and teacher_hidden must both be fp64 or neither, got "
+            f"{hidden.dtype} and {teacher_hidden.dtype}"
+        )
+    return min(student[1].shape[0], teacher[1].shape[0])
+
+
+def prepare_target(target: Tensor, hidden: Tensor) -> Tensor:
+    """The target [N] of `hidden` [..., D]; raises TypeError or ValueError."""
+    check_target(target, hidden)
+    return target.reshape(-1)
+
+
+def prepare_options(
+    named: list[tuple[str, Tensor | None]],
+    memory_budget_bytes: int | None,
+    backend: BackendChoice,
+) -> str:
+    """Check all tensors of a call, its budget and backend; the backend as schemas carry it."""
+    check_tensors(named)
+    check_budget(memory_budget_bytes)
+    for name, value in named:
+        # The operators have no forward-mode formula; autograd would take the tangent for zero.
+        if value is None or torch.compiler.is_compiling():
+            continue
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{name} carries a forward-mode tangent (torch.func.jvp, torch.autograd."
+                "forward_ad); xopd_kernels has reverse mode only"
+            )
+    return check_backend(backend)
+
+
+def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wanted:
+    """The gradients that autograd will ask for."""
+    if not torch.is_grad_enabled():
+        return Wanted(False, False, False)
+    has_bias_gradient = bias is not None and bias.requires_grad
+    return Wanted(hidden.requires_grad, weight.requires_grad, has_bias_gradient)
+
+
+def _main_grad(weight: Tensor, prefix: str) -> Tensor | None:
+    """The fp32 accumulator that a training framework keeps beside the weight, if it does."""
+    main_grad: Any = getattr(weight, "main_grad", None)
+    if main_grad is None or not weight.requires_grad or not torch.is_grad_enabled():
+        return None
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            f"{prefix}weight has main_grad, which torch.compile cannot update inside a backward "
+            "pass; call the operator outside the compiled region or remove the attribute"
+        )
+    found = type(main_grad).__name__
+    if isinstance(main_grad, Tensor):
+        expected = (torch.float32, weight.shape, weight.device)
+        if (main_grad.dtype, main_grad.shape, main_grad.device) == expected:
+            return main_grad
+        found = f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+    raise ValueError(
+        f"{prefix}weight.main_grad must be float32 {list(weight.shape)} on {weight.device}, "
+        f"got {found}"
+    )
+
+
+def _autocast(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inputs as F.linear would see them: in the autocast dtype where autocast is on.
+
+    Done here, not by register_autocast, which would also round the per-token fp32 inputs.
+    """
+    device_type = hidden.device.type
+    if hidden.dtype not in _AUTOCAST_DTYPES or device_type == "meta":
+        return hidden, weight, bias
+    if not torch.is_autocast_enabled(device_type):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

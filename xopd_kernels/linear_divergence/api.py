@@ -1,0 +1,116 @@
+"""linear_divergence: forward KL, reverse KL or JSD of two linear heads, at 3U + 1U."""
+
+from torch import Tensor
+
+from xopd_kernels.backend import BackendChoice
+from xopd_kernels.inputs import check_pair, prepare_head, prepare_options, wanted_gradients
+from xopd_kernels.linear_divergence.op import linear_divergence_op
+from xopd_kernels.records import LinearDivergence, Transform
+from xopd_kernels.validation import check_beta, check_per_token
+
+
+def linear_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    beta: float = 1.0,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    token_weight: Tensor | None = None,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> LinearDivergence:
+    """Divergence of a student's and a teacher's distribution over the whole vocabulary.
+
+    ``divergence_i = token_weight_i * D_i`` with p the student's and q the teacher's softmax, and
+    ``D = KL(q || p)`` for beta 0, ``KL(p || q)`` for beta 1, else the generalised Jensen-Shannon
+    divergence ``beta KL(q || m) + (1 - beta) KL(p || m)``, ``m = (1 - beta) p + beta q``
+    (GKD, arXiv 2306.13649; as in Liger and TRL). Logits as in `linear_logprob`; no factor T^2.
+
+    Args:
+        hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
+        weight: [V, D], dtype of hidden. An fp32 ``main_grad`` is used as in `linear_logprob`.
+        teacher_hidden: [..., D_T], any of the dtypes (fp64 with fp64 alone).
+        teacher_weight: [V_T, D_T], dtype of teacher_hidden. Classes beyond the smaller of V and
+            V_T are sliced away: padding rows of a vocabulary hold no mass.
+        beta: in [0, 1]; 0 and 1 are the two KL divergences, not the limits of the formula, which
+            are 0.
+        bias, teacher_bias: [V], [V_T].
+        temperature: divides the logits of both.
+        softcap, teacher_softcap, logit_scale, teacher_logit_scale: as in `linear_logprob`.
+        token_weight: [...] carries mask, normaliser and loss scale; None: 1. A token of weight 0
+            is taken out before the first GEMM and gives 0 in every field.
+        memory_budget_bytes, backend: as in `linear_logprob`.
+
+    Returns:
+        LinearDivergence(divergence, lse, teacher_lse), [...] fp32 (fp64 for fp64 inputs).
+        Only `divergence` has a gradient: to hidden, weight and bias; the teacher is a constant.
+
+    Cost: 3U of the student and 1U of the teacher if the result is summed or, on a CPU, averaged:
+    the gradients of the sum are computed in the forward pass and scaled in the backward pass. Any
+    other upstream gradient is as exact, and computes the logits again (once more 3U + 1U); put
+    per-token factors into token_weight. Without a trained weight that never happens: 2U + 1U.
+
+    Numerics: fp32 logits; every class adds a term >= 0 to D, so that nothing cancels where p is
+    close to q; fp32 accumulation of d_weight; bitwise repeatable.
+
+    Raises:
+        TypeError, ValueError: an input is wrong; nothing was computed.
+        BackendUnavailableError: an explicit backend cannot run here.
+        RuntimeError: the gradient is differentiated again.
+
+    Example:
+        >>> import torch
+        >>> from xopd_kernels import linear_divergence
+        >>> student, teacher = torch.zeros(1, 4, requires_grad=True), torch.zeros(1, 2)
+        >>> out = linear_divergence(student, torch.zeros(8, 4), teacher, torch.zeros(9, 2))
+        >>> out.divergence.sum().backward()
+        >>> out.divergence.detach(), out.teacher_lse
+        (tensor([0.]), tensor([2.0794]))
+    """
+    tensors = [("hidden", hidden), ("weight", weight), ("bias", bias)]
+    of_teacher = [
+        ("teacher_hidden", teacher_hidden),
+        ("teacher_weight", teacher_weight),
+        ("teacher_bias", teacher_bias),
+    ]
+    per_token = [("token_weight", token_weight)]
+    backend_name = prepare_options(
+        [*tensors, *of_teacher, *per_token], memory_budget_bytes, backend
+    )
+    check_beta(beta)
+    own = Transform(temperature, softcap, logit_scale)
+    other = Transform(temperature, teacher_softcap, teacher_logit_scale)
+    student = prepare_head(hidden, weight, bias, own)
+    teacher = prepare_head(teacher_hidden, teacher_weight, teacher_bias, other, prefix="teacher_")
+    classes = check_pair(
+        (hidden, weight, bias, own), (teacher_hidden, teacher_weight, teacher_bias, other)
+    )
+    check_per_token(per_token, student.shape)
+    student, teacher = student.first_classes(classes), teacher.first_classes(classes)
+    divergence, lse, teacher_lse, _, _, _ = linear_divergence_op(
+        *student[:3],
+        # Constants: without detach they would ask for a gradient that nobody computes.
+        *(None if x is None else x.detach() for x in teacher[:3]),
+        None if token_weight is None else token_weight.detach().reshape(-1),
+        student.main_grad,
+        float(beta),
+        student.scalars.temperature,
+        student.scalars.softcap,
+        teacher.scalars.softcap,
+        student.scalars.logit_scale,
+        teacher.scalars.logit_scale,
+        memory_budget_bytes,
+        backend_name,
+        *wanted_gradients(*student[:3]),
+    )
+    shape = student.shape
+    rows = (lse.detach().view(shape), teacher_lse.detach().view(shape))
+    return LinearDivergence(divergence.view(shape), *rows)

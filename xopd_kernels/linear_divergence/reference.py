@@ -1,0 +1,72 @@
+"""The divergence of two heads in eager torch: the oracle and Backend.REFERENCE at once.
+
+A row's divergence and its gradient depend on that row's logits alone, so both models' logits of a
+chunk are computed once: 3U of the student and 1U of the teacher.
+"""
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.kl import row_divergence
+from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
+from xopd_kernels.records import HeadGradient, LinearDivergence, Teacher, Wanted
+
+
+def forward(
+    call: Call,
+    hidden: Tensor,
+    teacher: Teacher,
+    token_weight: Tensor | None,
+    beta: float,
+    keeps_fp32: bool,
+) -> tuple[LinearDivergence, HeadGradient]:
+    """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
+    rows = hidden.shape[0]
+    weight = hidden.new_ones(rows, dtype=call.dtype) if token_weight is None else token_weight
+    live = LiveRows.of(weight != 0)
+    weight = live.take(weight).to(call.dtype)
+    frozen = call.work._replace(wanted=Wanted(False, False, False))
+    student = ChunkLogits.of(call, live)
+    other = ChunkLogits.of(call._replace(head=teacher.head, work=frozen), live)
+    gradient = GradientSum.of(hidden, student, live)
+    out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
+    for part in live.parts(call.step):
+        chunk_hidden = live.chunk(hidden, part).to(call.dtype)
+        z = student.fill(chunk_hidden)
+        z_teacher = other.fill(live.chunk(teacher.hidden, part).to(call.dtype))
+        _fill_rows(call, z, z_teacher, weight[part], beta, out[:, part])
+        if call.work.has_gradient:
+            gradient.add(part, chunk_hidden, z, None)
+    result = LinearDivergence(*(live.spread(x) for x in out))
+    return result, gradient.result(call.dtype if keeps_fp32 else None)
+
+
+def _fill_rows(
+    call: Call, z: Tensor, z_teacher: Tensor, weight: Tensor, beta: float, out: Tensor
+) -> None:
+    """(divergence, lse, teacher_lse) into `out` [3, rows]; the gradient replaces the logits z.
+
+    Block by block of rows, so that what is between stays in a core's cache.
+    """
+    step = call.block_rows()
+    for begin in range(0, len(z), step):
+        rows = slice(begin, begin + step)
+        out[1, rows], out[2, rows] = log_softmax_(z[rows]), log_softmax_(z_teacher[rows])
+        log_p, scale = z[rows], weight[rows, None]
+        value, slope = row_divergence(log_p, z_teacher[rows], beta)
+        out[0, rows] = value * weight[rows]
+        if call.work.has_gradient:
+            # d value / d z = slope - p * sum(slope), with sum p = 1.
+            total = slope.sum(1, keepdim=True)
+            log_p.exp_().mul_(-total).add_(slope).mul_(scale)
+
+
+def log_softmax_(z: Tensor) -> Tensor:
+    """The lse of each row of `z` [rows, V], which becomes its log-softmax."""
+    maximum = z.amax(1)
+    maximum = maximum.where(maximum != -torch.inf, 0.0)
+    z.sub_(maximum[:, None])
+    log_total = z.exp().sum(1).log_()
+    z.sub_(log_total[:, None])
+    return maximum + log_total

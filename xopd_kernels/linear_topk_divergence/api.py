@@ -1,0 +1,114 @@
+"""linear_topk_divergence: a linear head against the top-k log-probs of a teacher, at 3U."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.backend import BackendChoice
+from xopd_kernels.inputs import prepare_head, prepare_options, wanted_gradients
+from xopd_kernels.linear_topk_divergence.op import linear_topk_divergence_op
+from xopd_kernels.records import LinearDivergence, Transform
+from xopd_kernels.validation import check_beta, check_per_token
+
+
+def linear_topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprob: Tensor,
+    *,
+    beta: float = 1.0,
+    tail: Literal["bucket", "ignore"] = "bucket",
+    token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> LinearDivergence:
+    """Divergence of a student's distribution from what a teacher says of its K likeliest classes.
+
+    With the tail as a bucket both distributions have K + 1 classes: the ids, and all others as
+    one, with ``q_rest = 1 - sum q``. Divergences as in `linear_divergence`. The bucket bounds the
+    student's mass outside the ids, which a sum over the ids alone leaves free.
+
+    Args:
+        hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
+        weight: [V, D], dtype of hidden. An fp32 ``main_grad`` is used as in `linear_logprob`.
+        teacher_ids: [..., K] int64 classes, distinct in a row.
+        teacher_logprob: [..., K] nat, of the teacher's whole distribution (not renormalised over
+            the ids), at the same temperature.
+        beta: in [0, 1]; 0 = KL(teacher || student), 1 = KL(student || teacher), else JSD.
+        tail: "bucket", or "ignore": the plain sum over the K ids, as others compute it; it is no
+            divergence and can be negative.
+        token_weight: [...] as in `linear_divergence`.
+        bias, temperature, softcap, logit_scale, memory_budget_bytes, backend: as in
+            `linear_logprob`.
+
+    Returns:
+        LinearDivergence(divergence, lse, teacher_lse), [...] fp32 (fp64 for fp64 inputs);
+        teacher_lse is the log of the mass that the ids hold. Only `divergence` has a gradient: to
+        hidden, weight and bias.
+
+    Cost, numerics and what raises: as `linear_divergence`, 3U. The student's mass outside the ids
+    is summed over the other classes, as 1 - sum p would cancel. Ids that repeat in a row or are
+    no class raise ValueError on the CPU; on a CUDA device they give NaN, as reading them would
+    stall.
+
+    Example:
+        >>> import torch
+        >>> from xopd_kernels import linear_topk_divergence
+        >>> ids, logprob = torch.tensor([[3, 5]]), torch.tensor([[0.25, 0.25]]).log()
+        >>> zeros = torch.zeros(1, 4), torch.zeros(8, 4)
+        >>> linear_topk_divergence(*zeros, ids, logprob, beta=0.0).divergence
+        tensor([0.1438])
+    """
+    tensors = [("hidden", hidden), ("weight", weight), ("bias", bias)]
+    of_teacher = [("teacher_ids", teacher_ids), ("teacher_logprob", teacher_logprob)]
+    per_token = [("token_weight", token_weight)]
+    backend_name = prepare_options(
+        [*tensors, *of_teacher, *per_token], memory_budget_bytes, backend
+    )
+    check_beta(beta)
+    if tail not in ("bucket", "ignore"):
+        raise ValueError(f'tail must be "bucket" or "ignore", got {tail!r}')
+    x = prepare_head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
+    _check_teacher(teacher_ids, teacher_logprob, x.shape, len(x.weight))
+    check_per_token(per_token, x.shape)
+    top_k = teacher_ids.shape[-1]
+    divergence, lse, teacher_lse, _, _, _ = linear_topk_divergence_op(
+        *x[:3],
+        teacher_ids.reshape(-1, top_k),
+        teacher_logprob.detach().reshape(-1, top_k),
+        None if token_weight is None else token_weight.detach().reshape(-1),
+        x.main_grad,
+        float(beta),
+        tail == "bucket",
+        *x.scalars,
+        memory_budget_bytes,
+        backend_name,
+        *wanted_gradients(*x[:3]),
+    )
+    rows = (lse.detach().view(x.shape), teacher_lse.detach().view(x.shape))
+    return LinearDivergence(divergence.view(x.shape), *rows)
+
+
+def _check_teacher(ids: Tensor, logprob: Tensor, shape: torch.Size, classes: int) -> None:
+    """Raise unless ids and logprob are [..., K] with 1 <= K <= V."""
+    if ids.dtype != torch.int64:
+        raise TypeError(f"teacher_ids must be int64, got {ids.dtype}; use teacher_ids.long()")
+    if not logprob.is_floating_point():
+        raise TypeError(f"teacher_logprob must be floating point, got {logprob.dtype}")
+    if ids.ndim != len(shape) + 1 or ids.shape[:-1] != shape:
+        raise ValueError(f"teacher_ids must be {[*shape, 'K']}, got {list(ids.shape)}")
+    if logprob.shape != ids.shape:
+        raise ValueError(
+            f"teacher_logprob must have the shape of teacher_ids {list(ids.shape)}, "
+            f"got {list(logprob.shape)}"
+        )
+    if not 1 <= ids.shape[-1] <= classes:
+        raise ValueError(
+            f"teacher_ids must hold from 1 to V = {classes} ids a token, got K = {ids.shape[-1]}"
+        )

@@ -1,0 +1,71 @@
+"""The divergence from a teacher's top-k log-probs in eager torch: Backend.REFERENCE."""
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.kl import row_divergence
+from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
+from xopd_kernels.records import HeadGradient, LinearDivergence, TopK
+from xopd_kernels.validation import check_ids
+
+
+def forward(
+    call: Call,
+    hidden: Tensor,
+    teacher: TopK,
+    token_weight: Tensor | None,
+    beta: float,
+    keeps_fp32: bool,
+) -> tuple[LinearDivergence, HeadGradient]:
+    """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
+    rows = hidden.shape[0]
+    weight = hidden.new_ones(rows, dtype=call.dtype) if token_weight is None else token_weight
+    live = LiveRows.of(weight != 0)
+    weight = live.take(weight).to(call.dtype)
+    check_ids(live.take(teacher.ids), len(call.head.weight))
+    student = ChunkLogits.of(call, live)
+    gradient = GradientSum.of(hidden, student, live)
+    out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
+    for part in live.parts(call.step):
+        chunk_hidden = live.chunk(hidden, part).to(call.dtype)
+        log_q = live.chunk(teacher.logprob, part).to(call.dtype)
+        z = student.fill(chunk_hidden)
+        chunk = TopK(live.chunk(teacher.ids, part), log_q, teacher.has_tail)
+        _fill_rows(z, chunk, weight[part], beta, out[:, part])
+        if call.work.has_gradient:
+            gradient.add(part, chunk_hidden, z, None)
+    result = LinearDivergence(*(live.spread(x) for x in out))
+    return result, gradient.result(call.dtype if keeps_fp32 else None)
+
+
+def _fill_rows(z: Tensor, teacher: TopK, weight: Tensor, beta: float, out: Tensor) -> None:
+    """(divergence, lse, teacher_lse) into `out` [3, rows]; the gradient replaces the logits z.
+
+    The mass of the other classes is summed over them: 1 - sum p would cancel.
+    """
+    maximum = z.amax(1)
+    maximum = maximum.where(maximum != -torch.inf, 0.0)
+    z.sub_(maximum[:, None])
+    at_ids = z.gather(1, teacher.ids)
+    rest = z.scatter_(1, teacher.ids, -torch.inf).exp_().sum(1)
+    total = rest + at_ids.exp().sum(1)
+    log_total = total.log()
+    teacher_lse = teacher.logprob.logsumexp(1)
+    log_p, log_q = at_ids - log_total[:, None], teacher.logprob
+    if teacher.has_tail:
+        log_rest = torch.log(-teacher_lse.clamp(max=0.0).expm1())
+        log_p = torch.cat((log_p, (rest.log() - log_total)[:, None]), 1)
+        log_q = torch.cat((log_q, log_rest[:, None]), 1)
+    value, slope = row_divergence(log_p, log_q, beta, is_normalised=teacher.has_tail)
+    out[0], out[1], out[2] = value * weight, maximum + log_total, teacher_lse
+    # d value / d z_v = slope_v - p_v * sum(slope) for an id; a class of the tail has the share
+    # p_v / p_rest of the slope of the tail. z holds exp(z - maximum) there and 0 at the ids.
+    g = slope.sum(1)
+    of_tail = -g / total
+    if teacher.has_tail:
+        of_tail = of_tail + torch.where(rest > 0, slope[:, -1] / rest, 0.0)
+    z.mul_((of_tail * weight)[:, None])
+    k = teacher.ids.shape[1]
+    at_ids = (slope[:, :k] - log_p[:, :k].exp() * g[:, None]) * weight[:, None]
+    z.scatter_(1, teacher.ids, at_ids)

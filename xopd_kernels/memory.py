@@ -1,0 +1,235 @@
+"""What a call allocates, before it runs: rows of a chunk and the bytes of every buffer.
+
+The operators take their chunk from here, so the plan is what happens. Workspace does not grow
+with the number of tokens; results, gradients and a few floats a token do, and are listed apart.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.backend import Backend
+from xopd_kernels.records import Wanted
+
+MIB = 2**20
+DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
+DEFAULT_CUDA_BYTES = 640_000_000  # about 1000 rows of 152,000 fp32 logits
+BLOCK_BYTES = MIB  # row blocks of element-wise work on the CPU: they stay in a core's cache
+DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge vocabulary
+MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
+MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
+TRITON_ROW_STEP = 128  # rows of a tile
+_PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
+
+
+class Operator(enum.Enum):
+    """The operators whose memory can be planned."""
+
+    LOGPROB = "linear_logprob"
+    POLICY_LOSS = "linear_policy_loss"
+    DIVERGENCE = "linear_divergence"
+    TOPK_DIVERGENCE = "linear_topk_divergence"
+
+
+class Workload(NamedTuple):
+    """What decides the memory of a call."""
+
+    operator: Operator
+    rows: int  # N, tokens
+    vocab_size: int  # V; with vocab_group: of the largest shard
+    dim: int  # D
+    dtype: torch.dtype
+    wanted: Wanted = Wanted(hidden=True, weight=True, bias=False)
+    teacher_dim: int = 0  # DIVERGENCE: D of the teacher
+    teacher_dtype: torch.dtype | None = None  # DIVERGENCE; None: that of the student
+    top_k: int = 0  # TOPK_DIVERGENCE: K
+    has_softcap: bool = False
+    needs_entropy: bool = False
+
+    @classmethod
+    def of(cls, operator: Operator, hidden: Tensor, weight: Tensor, wanted: Wanted) -> "Workload":
+        """The workload of hidden [N, D] and weight [V, D]."""
+        rows, dim = hidden.shape
+        return cls(operator, rows, weight.shape[0], dim, hidden.dtype, wanted)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether logits must be kept until they are turned into gradients."""
+        return any(self.wanted)
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype of logits and sums."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a call allocates at its peak; the inputs are not counted."""
+
+    chunk_rows: int  # rows whose logits exist at one time
+    logits_bytes: int  # [chunk_rows, V] buffers; 0 where no logits are stored
+    tile_bytes: int  # part of the weight in the dtype of the arithmetic (REFERENCE)
+    scratch_bytes: int  # copies of a chunk's hidden states, statistics, element-wise temporaries
+    accumulator_bytes: int  # fp32 d_weight and d_bias that are rounded to their dtype at the end
+    row_bytes: int  # per-token statistics and results: some floats for each of the N tokens
+    gradient_bytes: int  # d_hidden, d_weight, d_bias as they are handed out
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What memory_budget_bytes bounds; the same for every N that fills a chunk."""
+        return self.logits_bytes + self.tile_bytes + self.scratch_bytes
+
+    @property
+    def extra_bytes(self) -> int:
+        """Everything beyond inputs and gradients."""
+        return self.workspace_bytes + self.accumulator_bytes + self.row_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything beyond the inputs."""
+        return self.extra_bytes + self.gradient_bytes
+
+
+def memory_plan(
+    work: Workload, backend: Backend, memory_budget_bytes: int | None = None
+) -> MemoryPlan:
+    """The plan of a call on `backend` (TRITON: on a CUDA device); ValueError as in the call.
+
+    `memory_budget_bytes` bounds the workspace; None: 48 MiB (REFERENCE), 640 MB (TRITON), or
+    what 16 rows need if that is more.
+
+    Example:
+        >>> import torch
+        >>> from xopd_kernels import Backend, Operator, Workload, memory_plan
+        >>> work = Workload(Operator.POLICY_LOSS, 8192, 151_936, 2048, torch.bfloat16)
+        >>> memory_plan(work, Backend.TRITON).chunk_rows
+        896
+    """
+    wanted, size = work.wanted, work.dtype.itemsize
+    needs = _Needs.of(work, backend)
+    budget = _budget(needs, memory_budget_bytes)
+    chunk = _fitting_rows(work, needs, budget)
+    weight_elements = work.vocab_size * (wanted.weight * work.dim + wanted.bias)
+    is_rounded = work.arithmetic != work.dtype
+    return MemoryPlan(
+        chunk_rows=chunk,
+        tile_bytes=needs.tile(budget),
+        logits_bytes=chunk * needs.logits,
+        scratch_bytes=chunk * needs.scratch + needs.blocks(budget),
+        accumulator_bytes=weight_elements * work.arithmetic.itemsize * is_rounded,
+        row_bytes=work.rows * _statistics_bytes(work),
+        gradient_bytes=(work.rows * work.dim * wanted.hidden + weight_elements) * size,
+    )
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes of workspace: for each row of a chunk, and whatever the chunk."""
+
+    logits: int  # a row of every [rows, V] buffer
+    scratch: int  # a row of everything else
+    row: int  # a row of one [rows, V] buffer
+    block_count: int  # temporaries of element-wise work that exist at a time
+    tile_row: int  # a class of the weight tile; 0 where nothing is upcast
+    tile_limit: int  # the whole weight
+    step: int  # chunks are a multiple of it, if they hold that many rows
+    least_rows: int
+    default_bytes: int
+    error: str  # how an error names the call
+
+    @classmethod
+    def of(cls, work: Workload, backend: Backend) -> "_Needs":
+        size, is_divergence = work.arithmetic.itemsize, work.operator is Operator.DIVERGENCE
+        error = (
+            f"V={work.vocab_size}, D={work.dim}, {work.dtype} and {work.operator.value} on "
+            f"{backend.name}"
+        )
+        if backend is Backend.TRITON:
+            is_scoring = work.operator in (Operator.LOGPROB, Operator.POLICY_LOSS)
+            stored = 1 + is_divergence if work.has_gradient or not is_scoring else 0
+            slabs = -(-work.vocab_size // _PARTIAL_CLASSES)
+            hidden = max(work.dim, work.teacher_dim) * work.dtype.itemsize
+            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64
+            logits = stored * size * work.vocab_size
+            return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
+        # The slope of the softcap is kept beside the logits until they have become a gradient.
+        has_slope = work.has_softcap and work.has_gradient
+        row = size * work.vocab_size
+        logits = row * (1 + is_divergence + has_slope + work.needs_entropy)
+        # Hidden states and their gradient in the dtype of the arithmetic; a chunk's statistics.
+        scratch = (2 * work.dim + work.teacher_dim + 4 * work.top_k + 32) * size
+        blocks = 8 if is_divergence else 2
+        dtypes = {work.dtype, work.teacher_dtype or work.dtype}
+        widest = max(work.dim, work.teacher_dim) * size * (dtypes != {work.arithmetic})
+        limit = widest * work.vocab_size
+        return cls(logits, scratch, row, blocks, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error)
+
+    def tile(self, budget: int) -> int:
+        """Bytes of the weight tile: a quarter of the budget, whole classes, at least one."""
+        if self.tile_row == 0:
+            return 0
+        return min(self.tile_limit, max(1, budget // 4 // self.tile_row) * self.tile_row)
+
+    def block(self, budget: int) -> int:
+        """Bytes of a temporary: 1 MiB or less, which stays in a core's cache, or one row."""
+        return max(self.row, min(BLOCK_BYTES, budget // 32))
+
+    def blocks(self, budget: int) -> int:
+        """Bytes of all temporaries of element-wise work."""
+        return self.block_count * self.block(budget)
+
+    def rows(self, budget: int) -> int:
+        """Rows that fit beside the rest."""
+        rest = budget - self.blocks(budget) - self.tile(budget)
+        return rest // (self.logits + self.scratch)
+
+    def smallest(self, rows: int) -> int:
+        """A budget that holds `rows` rows: blocks and tile take shares of it, or their minimum."""
+        rest = rows * (self.logits + self.scratch) + self.block_count * self.row + self.tile_row
+        share = 32 - self.block_count - (8 if self.tile_row else 0)
+        return rest * 32 // share + 1
+
+
+def chunk_rows(work: Workload, backend: Backend, memory_budget_bytes: int | None) -> int:
+    """Rows of a chunk within the budget, at most `work.rows` (at least 1).
+
+    Raises:
+        ValueError: the budget does not hold the smallest chunk; the message says what would.
+    """
+    needs = _Needs.of(work, backend)
+    return _fitting_rows(work, needs, _budget(needs, memory_budget_bytes))
+
+
+def reference_blocks(work: Workload, memory_budget_bytes: int | None) -> tuple[int, int]:
+    """(classes of a weight tile, bytes of an element-wise temporary) of REFERENCE."""
+    needs = _Needs.of(work, Backend.REFERENCE)
+    budget = _budget(needs, memory_budget_bytes)
+    return max(1, needs.tile(budget) // max(1, needs.tile_row)), needs.block(budget)
+
+
+def _budget(needs: _Needs, given: int | None) -> int:
+    if given is None:
+        return max(needs.default_bytes, needs.smallest(DEFAULT_MIN_ROWS))
+    least = needs.smallest(needs.least_rows)
+    if given < least:
+        raise ValueError(
+            f"memory_budget_bytes must be at least {least} for {needs.error}, got {given}"
+        )
+    return given
+
+
+def _fitting_rows(work: Workload, needs: _Needs, budget: int) -> int:
+    fitting = needs.rows(budget)
+    if fitting >= needs.step:
+        fitting = fitting // needs.step * needs.step
+    most = MAX_CHUNK_ROWS if needs.logits else MAX_SCORING_ROWS
+    return max(1, min(work.rows, most, fitting))
+
+
+def _statistics_bytes(work: Workload) -> int:
+    """Per-token statistics, inputs in another dtype or order, and results."""
+    return (20 + 2 * work.top_k) * work.arithmetic.itemsize + 16

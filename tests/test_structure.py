@@ -17,14 +17,27 @@ FOLDERS = ("xopd", "xopd_kernels", "benchmarks", "tests")
 MANY_ARGUMENTS = {
     "xopd_kernels/linear_logprob/api.py:linear_logprob": "public signature: flat keyword options",
     "xopd_kernels/linear_policy_loss/api.py:linear_policy_loss": "public signature, as above",
+    "xopd_kernels/linear_divergence/api.py:linear_divergence": "public signature, as above",
+    "xopd_kernels/linear_divergence/advantage.py:reverse_kl_advantage": "public signature",
+    "xopd_kernels/linear_topk_divergence/api.py:linear_topk_divergence": "public signature",
+    "xopd_kernels/compat/liger.py:__init__": "the peer's signature",
+    "xopd_kernels/compat/liger_grpo.py:__init__": "the peer's signature",
+    "xopd_kernels/compat/liger_grpo.py:forward": "the peer's signature",
+    "xopd_kernels/compat/torch_nn.py:linear_cross_entropy": "the peer's signature",
+    "xopd_kernels/compat/trl.py:apply": "the peer's signature",
     # torch.library schemas take tensors and scalars only, no records.
     "xopd_kernels/linear_logprob/op.py": "operator schemas",
     "xopd_kernels/linear_policy_loss/op.py": "operator schemas",
+    "xopd_kernels/linear_divergence/op.py": "operator schemas",
+    "xopd_kernels/linear_topk_divergence/op.py": "operator schemas",
 }
 # Functions that may be longer, each with its reason.
 LONG: dict[str, str] = {
     "xopd_kernels/linear_logprob/api.py:linear_logprob": "two thirds are the contract",
     "xopd_kernels/linear_policy_loss/api.py:linear_policy_loss": "two thirds are the contract",
+    "xopd_kernels/linear_divergence/api.py:linear_divergence": "two thirds are the contract",
+    "xopd_kernels/linear_divergence/advantage.py:reverse_kl_advantage": "two thirds, as above",
+    "xopd_kernels/linear_topk_divergence/api.py:linear_topk_divergence": "two thirds, as above",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

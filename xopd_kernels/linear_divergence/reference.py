@@ -38,7 +38,7 @@ def forward(
         _fill_rows(call, z, z_teacher, weight[part], beta, out[:, part])
         if call.work.has_gradient:
             gradient.add(part, chunk_hidden, z, None)
-    result = LinearDivergence(*(live.spread(x) for x in out))
+    result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     return result, gradient.result(call.dtype if keeps_fp32 else None)
 
 

@@ -3,14 +3,8 @@
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.triton import (
-    Alive,
-    ChunkPipeline,
-    DeviceRows,
-    GradientSum,
-    RowGradients,
-    RowStatistics,
-)
+from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
+from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
 from xopd_kernels.linear_logprob.reference import has_upstream
 from xopd_kernels.records import HeadGradient, LinearLogprob
 

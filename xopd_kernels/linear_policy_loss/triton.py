@@ -11,14 +11,8 @@ import triton
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.triton import (
-    Alive,
-    ChunkPipeline,
-    DeviceRows,
-    GradientSum,
-    RowGradients,
-    RowStatistics,
-)
+from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
+from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
 from xopd_kernels.linear_logprob.config import ROWS_PER_PROGRAM
 from xopd_kernels.records import HeadGradient, PolicyLoss, PolicyTerms
 from xopd_kernels.target import device_guard

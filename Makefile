@@ -59,10 +59,12 @@ type: $(VENV)/dev  ## mypy --strict
 smoke: $(VENV)/dev  ## every benchmark on tiny shapes
 	$(BIN)/python -m benchmarks.linear_logprob --smoke
 	$(BIN)/python -m benchmarks.linear_policy_loss --smoke
+	$(BIN)/python -m benchmarks.linear_divergence --smoke
 
 bench: $(VENV)/dev  ## the benchmarks at full size
 	$(BIN)/python -m benchmarks.linear_logprob
 	$(BIN)/python -m benchmarks.linear_policy_loss
+	$(BIN)/python -m benchmarks.linear_divergence
 
 check: lint type test test-interpret test-compile smoke  ## what CI runs
 

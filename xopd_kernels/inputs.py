@@ -35,14 +35,24 @@ class HeadInputs(NamedTuple):
 
     def first_classes(self, count: int) -> "HeadInputs":
         """Without the classes beyond `count`: sliced away, never padded."""
-        if count == len(self.weight):
-            return self
-        weight, bias, main_grad = (
-            None if x is None else x[:count] for x in (self.weight, self.bias, self.main_grad)
-        )
-        if weight is None:
-            raise RuntimeError("a head has a weight")
+        bias = None if self.bias is None else first_classes(self.bias, count)
+        main_grad = None if self.main_grad is None else first_classes(self.main_grad, count)
+        weight = first_classes(self.weight, count)
         return self._replace(weight=weight, bias=bias, main_grad=main_grad)
+
+
+def first_classes(values: Tensor, count: int) -> Tensor:
+    """The first `count` rows; `values` itself if it has no more."""
+    return values if len(values) == count else values[:count]
+
+
+def refuse_shards(heads: list[HeadInputs], operator: str) -> None:
+    """Raise for an operator that needs the whole vocabulary on every rank."""
+    if any(head.vocab_group for head in heads):
+        raise NotImplementedError(
+            f"{operator} takes whole weights, got one that is sharded over its vocabulary; use "
+            "weight.full_tensor(), or linear_logprob and linear_policy_loss, which take shards"
+        )
 
 
 def prepare_head(

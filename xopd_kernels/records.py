@@ -19,11 +19,12 @@ class Transform(NamedTuple):
 
         `prefix` is that of softcap and logit_scale among the arguments of the caller.
         """
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
+        # Comparisons, because torch.compile does not trace math.isfinite of a symbolic float.
+        if not 0.0 < self.temperature < math.inf:
             return f"temperature must be finite and > 0, got {self.temperature}"
-        if self.softcap is not None and not (math.isfinite(self.softcap) and self.softcap > 0):
+        if self.softcap is not None and not 0.0 < self.softcap < math.inf:
             return f"{prefix}softcap must be None or finite and > 0, got {self.softcap}"
-        if not math.isfinite(self.logit_scale):
+        if not -math.inf < self.logit_scale < math.inf:
             return f"{prefix}logit_scale must be finite, got {self.logit_scale}"
         return None
 

@@ -4,7 +4,6 @@ Only metadata is read here, so the checks cost no device synchronisation and tra
 torch.compile. Values of `target` are checked inside the operators (see `check_target_range`).
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -111,7 +110,7 @@ def check_backend(backend: BackendChoice) -> str:
 
 def check_clamp(advantage_clamp: float) -> None:
     """Raise unless the bound of the advantage is > 0."""
-    if math.isnan(advantage_clamp) or advantage_clamp <= 0:
+    if not advantage_clamp > 0:  # a NaN fails, too
         raise ValueError(
             f"advantage_clamp must be > 0, got {advantage_clamp}; use math.inf for no clamp"
         )

@@ -375,6 +375,26 @@ def test_compiles_as_one_graph():
     assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
+def test_compiles_for_any_number_of_tokens():
+    inputs, terms = make_case((9, 7, 5), torch.float32)
+
+    def call(hidden, target, teacher, temperature):
+        out = linear_policy_loss(
+            hidden, inputs.weight, target, teacher_logprob=teacher, temperature=temperature
+        )
+        return out.loss
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (9, 6, 3):
+        args = (
+            inputs.hidden[:rows],
+            inputs.target[:rows],
+            terms.teacher_logprob[:rows],
+            0.5 + rows,
+        )
+        assert torch.equal(compiled(*args), call(*args))
+
+
 def test_autocast_leaves_the_per_token_inputs_alone():
     inputs, terms = make_case((8, 9, 5), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import BackendChoice
-from xopd_kernels.inputs import check_pair
+from xopd_kernels.inputs import check_pair, first_classes
 from xopd_kernels.linear_logprob import linear_logprob
 from xopd_kernels.records import ReverseKLAdvantage, Transform
 from xopd_kernels.validation import check_clamp, check_tensors
@@ -77,9 +77,9 @@ def reverse_kl_advantage(
         logprob, teacher_logprob = (
             linear_logprob(
                 states,
-                matrix[:classes],
+                first_classes(matrix, classes),
                 target,
-                bias=None if offset is None else offset[:classes],
+                bias=None if offset is None else first_classes(offset, classes),
                 temperature=temperature,
                 softcap=cap,
                 logit_scale=scale,

@@ -3,7 +3,13 @@
 from torch import Tensor
 
 from xopd_kernels.backend import BackendChoice
-from xopd_kernels.inputs import check_pair, prepare_head, prepare_options, wanted_gradients
+from xopd_kernels.inputs import (
+    check_pair,
+    prepare_head,
+    prepare_options,
+    refuse_shards,
+    wanted_gradients,
+)
 from xopd_kernels.linear_divergence.op import linear_divergence_op
 from xopd_kernels.records import LinearDivergence, Transform
 from xopd_kernels.validation import check_beta, check_per_token
@@ -93,6 +99,7 @@ def linear_divergence(
     classes = check_pair(
         (hidden, weight, bias, own), (teacher_hidden, teacher_weight, teacher_bias, other)
     )
+    refuse_shards([student, teacher], "linear_divergence")
     check_per_token(per_token, student.shape)
     student, teacher = student.first_classes(classes), teacher.first_classes(classes)
     divergence, lse, teacher_lse, _, _, _ = linear_divergence_op(

@@ -1,6 +1,5 @@
 """linear_policy_loss: the clipped policy-gradient loss of a linear head at the cost of 3 GEMMs."""
 
-import math
 from typing import Literal
 
 from torch import Tensor
@@ -138,7 +137,7 @@ def _check_scalars(
     clip_low: float, clip_high: float, advantage_clamp: float, gradient: str
 ) -> None:
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if math.isnan(value) or value < 0:
+        if not value >= 0:  # a NaN fails, too
             raise ValueError(f"{name} must be >= 0, got {value}")
     check_clamp(advantage_clamp)
     if gradient != "exact":

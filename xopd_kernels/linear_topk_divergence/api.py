@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import BackendChoice
-from xopd_kernels.inputs import prepare_head, prepare_options, wanted_gradients
+from xopd_kernels.inputs import (
+    prepare_head,
+    prepare_options,
+    refuse_shards,
+    wanted_gradients,
+)
 from xopd_kernels.linear_topk_divergence.op import linear_topk_divergence_op
 from xopd_kernels.records import LinearDivergence, Transform
 from xopd_kernels.validation import check_beta, check_per_token
@@ -75,6 +80,7 @@ def linear_topk_divergence(
     if tail not in ("bucket", "ignore"):
         raise ValueError(f'tail must be "bucket" or "ignore", got {tail!r}')
     x = prepare_head(hidden, weight, bias, Transform(temperature, softcap, logit_scale))
+    refuse_shards([x], "linear_topk_divergence")
     _check_teacher(teacher_ids, teacher_logprob, x.shape, len(x.weight))
     check_per_token(per_token, x.shape)
     top_k = teacher_ids.shape[-1]

@@ -104,14 +104,15 @@ def prepare_target(target: Tensor, hidden: Tensor) -> Tensor:
 
 
 def prepare_options(
-    named: list[tuple[str, Tensor | None]],
+    required: list[tuple[str, Tensor]],
+    optional: list[tuple[str, Tensor | None]],
     memory_budget_bytes: int | None,
     backend: BackendChoice,
 ) -> str:
     """Check all tensors of a call, its budget and backend; the backend as schemas carry it."""
-    check_tensors(named)
+    check_tensors(required, optional)
     check_budget(memory_budget_bytes)
-    for name, value in named:
+    for name, value in (*required, *optional):
         # The operators have no forward-mode formula; autograd would take the tangent for zero.
         if value is None or torch.compiler.is_compiling():
             continue

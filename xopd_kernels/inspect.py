@@ -6,6 +6,7 @@ global atomics. A kernel with a problem (see `problems`) is named, and the exit 
 """
 
 import collections
+import itertools
 import pathlib
 import re
 import subprocess
@@ -20,9 +21,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xopd_kernels.linear_logprob import config
-from xopd_kernels.linear_logprob.config import Stage
+from xopd_kernels.chunk import config
+from xopd_kernels.chunk.config import Stage
+from xopd_kernels.tile.divergence import divergence_kernel, topk_divergence_kernel
 from xopd_kernels.tile.matmul import matmul_kernel
+from xopd_kernels.tile.scoring import fold_kernel, persistent_kernel
 from xopd_kernels.tile.softmax import gradient_kernel, logits_kernel, statistics_kernel
 from xopd_kernels.tile.token_loss import policy_kernel
 
@@ -97,20 +100,49 @@ def jobs(arch: int) -> Iterator[Job]:
                 is_fast,
             )
         gradient = "*fp32" if dtype == torch.float16 else p  # as in GradientSum.add
-        for stage, c in ((Stage.D_HIDDEN, p), (Stage.D_WEIGHT, "*fp32")):
+        for stage, base, c in ((Stage.D_HIDDEN, None, p), (Stage.D_WEIGHT, "*fp32", "*fp32")):
             is_weight = stage is Stage.D_WEIGHT
             tile = config.select(stage, dtype, arch)
+            # Row indices are on: rows without a gradient are left out.
+            pointers = (gradient, p, base, c, "*i64", None if is_weight else "*i64", "*i32")
             yield Job(
                 f"{stage.value} {name}",
                 arch,
                 matmul_kernel,
-                (gradient, p, c, "*i32", *_matmul_scalars(is_weight)),
+                (*pointers, *_matmul_scalars(is_weight)),
                 (is_weight, is_weight, tile.rows, tile.columns, tile.inner, tile.group),
                 tile.warps,
                 tile.stages,
                 is_fast,
             )
+    yield from _persistent_jobs(arch)
     yield from _row_jobs(arch)
+
+
+def _persistent_jobs(arch: int) -> Iterator[Job]:
+    """Persistent scoring, in every variant: here it is not the fullest one that spills first."""
+    if arch < min(oldest for oldest, _ in config.PERSISTENT_TABLE):
+        return
+    for dtype in (torch.bfloat16, torch.float16):
+        tile, name = config.select_persistent(dtype, arch), _NAMES[dtype]
+        blocks = ((tile.rows, tile.inner), (tile.columns, tile.inner))
+        operands = tuple(f"tensordesc<{name}[{rows}, {inner}]>" for rows, inner in blocks)
+        outputs = ("*i64", "*i32", "*fp32", "*fp32")
+        sizes = (tile.rows, tile.columns, tile.inner, tile.slab_tiles, tile.group)
+        for has_bias, has_cap, has_moment in itertools.product((False, True), repeat=3):
+            bias = f"*{name}" if has_bias else None
+            scalars = ("i32", "i32", "i32", "i32", "fp32", "fp32" if has_cap else None)
+            flags = (has_bias, "bias"), (has_cap, "softcap"), (has_moment, "moment")
+            yield Job(
+                " ".join(["persistent", name, *(label for flag, label in flags if flag)]),
+                arch,
+                persistent_kernel,
+                (*operands, bias, *outputs, *scalars),
+                (*sizes, has_moment),
+                tile.warps,
+                tile.stages,
+                has_dot=True,
+            )
 
 
 def _matmul_scalars(is_weight: bool) -> tuple[str, ...]:
@@ -127,10 +159,30 @@ def _row_jobs(arch: int) -> Iterator[Job]:
     yield Job("statistics", arch, statistics_kernel, types, block, 4, 3, False)
     types = (f, f, "*i32", f, None, f, f, f, "i32", "i32", "i32", "fp32", "fp32", "fp32")
     yield Job("policy", arch, policy_kernel, types, block, 4, 3, False)
+    types = (f, "*bf16", "*i64", "*i32", f, f, "i32", "i32", "i32", "i32", "fp32", "fp32")
+    fold = (config.FOLD_BLOCK_V, True)
+    yield Job("fold", arch, fold_kernel, types, fold, config.FOLD_WARPS, 3, False)
+    yield from _divergence_jobs(arch)
     rows = (f,) * 7
-    types = (f, "*bf16", "*i64", "*i32", *rows, "i32", "i32", "fp32", "fp32")
+    types = (f, "*bf16", "*i64", "*i64", "*i32", *rows, "i32", "i32", "fp32", "fp32")
     block, warps = (config.GRADIENT_BLOCK_V,), config.GRADIENT_WARPS
     yield Job("gradient", arch, gradient_kernel, types, block, warps, 1, False)
+
+
+def _divergence_jobs(arch: int) -> Iterator[Job]:
+    """The row kernels of the divergences, with a softcap on both sides."""
+    f, sizes = "*fp32", ("i32", "i32")
+    block, warps = config.GRADIENT_BLOCK_V, config.GRADIENT_WARPS
+    types: tuple[str | None, ...]
+    for kind, label in enumerate(("forward", "reverse", "mixed")):
+        types = (f, f, "*bf16", "*i32", *(f,) * 6, *sizes, *("fp32",) * 4)
+        name = f"{label} divergence"
+        yield Job(name, arch, divergence_kernel, types, (kind, block), warps, 1, False)
+        types = (f, "*bf16", "*i64", f, "*i32", *(f,) * 5, "i32", *sizes, *("fp32",) * 3)
+        for has_tail, ids in ((False, 256), (True, 512)):
+            name = f"{label} top-k {ids}"
+            constants = (kind, has_tail, ids, block)
+            yield Job(name, arch, topk_divergence_kernel, types, constants, warps, 1, False)
 
 
 def compile_job(job: Job) -> Resources:
@@ -143,7 +195,7 @@ def compile_job(job: Job) -> Resources:
         signature[name] = "constexpr" if is_constant else value
         if is_constant:
             constants[name] = value
-        elif value != "fp32":
+        elif value != "fp32" and not value.startswith("tensordesc"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(job.kernel, signature, constants, attributes)
     options = {"num_warps": job.warps, "num_stages": job.stages}
@@ -189,7 +241,7 @@ def main() -> int:
         return 2
     print(f"triton {triton.__version__}")
     header = ("sm", "kernel", "warps", "stages", "regs", "spill", "stack", "shared", "mma", "atom")
-    layout = "{:>4} {:<14}" + " {:>7}" * 8
+    layout = "{:>4} {:<35}" + " {:>7}" * 8
     print(layout.format(*header))
     has_problem = False
     for job in (job for arch in config.ARCHITECTURES for job in jobs(arch)):

@@ -17,11 +17,13 @@ from xopd_kernels.records import Wanted
 MIB = 2**20
 DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
 DEFAULT_CUDA_BYTES = 640_000_000  # about 1000 rows of 152,000 fp32 logits
-BLOCK_BYTES = MIB  # row blocks of element-wise work on the CPU: they stay in a core's cache
+BLOCK_BYTES = MIB  # a copy of some rows of logits on the CPU: it stays in a core's cache
+PIECE_BYTES = MIB // 4  # a temporary where element-wise work has many of them
 DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge vocabulary
 MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
 MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
 TRITON_ROW_STEP = 128  # rows of a tile
+_LEAST_PIECE_BYTES = 64
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
 
 
@@ -73,7 +75,8 @@ class MemoryPlan:
     chunk_rows: int  # rows whose logits exist at one time
     logits_bytes: int  # [chunk_rows, V] buffers; 0 where no logits are stored
     tile_bytes: int  # part of the weight in the dtype of the arithmetic (REFERENCE)
-    scratch_bytes: int  # copies of a chunk's hidden states, statistics, element-wise temporaries
+    block_bytes: int  # element-wise temporaries (REFERENCE); never beside the tile
+    scratch_bytes: int  # copies of a chunk's hidden states, statistics
     accumulator_bytes: int  # fp32 d_weight and d_bias that are rounded to their dtype at the end
     row_bytes: int  # per-token statistics and results: some floats for each of the N tokens
     gradient_bytes: int  # d_hidden, d_weight, d_bias as they are handed out
@@ -81,7 +84,7 @@ class MemoryPlan:
     @property
     def workspace_bytes(self) -> int:
         """What memory_budget_bytes bounds; the same for every N that fills a chunk."""
-        return self.logits_bytes + self.tile_bytes + self.scratch_bytes
+        return self.logits_bytes + max(self.tile_bytes, self.block_bytes) + self.scratch_bytes
 
     @property
     def extra_bytes(self) -> int:
@@ -107,7 +110,7 @@ def memory_plan(
         >>> from xopd_kernels import Backend, Operator, Workload, memory_plan
         >>> work = Workload(Operator.POLICY_LOSS, 8192, 151_936, 2048, torch.bfloat16)
         >>> memory_plan(work, Backend.TRITON).chunk_rows
-        896
+        1024
     """
     wanted, size = work.wanted, work.dtype.itemsize
     needs = _Needs.of(work, backend)
@@ -117,9 +120,10 @@ def memory_plan(
     is_rounded = work.arithmetic != work.dtype
     return MemoryPlan(
         chunk_rows=chunk,
-        tile_bytes=needs.tile(budget),
         logits_bytes=chunk * needs.logits,
-        scratch_bytes=chunk * needs.scratch + needs.blocks(budget),
+        tile_bytes=needs.tile(budget),
+        block_bytes=needs.blocks(budget),
+        scratch_bytes=chunk * needs.scratch,
         accumulator_bytes=weight_elements * work.arithmetic.itemsize * is_rounded,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(work.rows * work.dim * wanted.hidden + weight_elements) * size,
@@ -133,7 +137,7 @@ class _Needs:
     logits: int  # a row of every [rows, V] buffer
     scratch: int  # a row of everything else
     row: int  # a row of one [rows, V] buffer
-    block_count: int  # temporaries of element-wise work that exist at a time
+    pieces: int  # temporaries of PIECE_BYTES that exist at a time
     tile_row: int  # a class of the weight tile; 0 where nothing is upcast
     tile_limit: int  # the whole weight
     step: int  # chunks are a multiple of it, if they hold that many rows
@@ -153,7 +157,7 @@ class _Needs:
             stored = 1 + is_divergence if work.has_gradient or not is_scoring else 0
             slabs = -(-work.vocab_size // _PARTIAL_CLASSES)
             hidden = max(work.dim, work.teacher_dim) * work.dtype.itemsize
-            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64
+            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64 + 16 * work.top_k
             logits = stored * size * work.vocab_size
             return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
         # The slope of the softcap is kept beside the logits until they have become a gradient.
@@ -162,11 +166,11 @@ class _Needs:
         logits = row * (1 + is_divergence + has_slope + work.needs_entropy)
         # Hidden states and their gradient in the dtype of the arithmetic; a chunk's statistics.
         scratch = (2 * work.dim + work.teacher_dim + 4 * work.top_k + 32) * size
-        blocks = 8 if is_divergence else 2
+        pieces = 12 if is_divergence else 0  # of the Jensen-Shannon divergence: eleven and masks
         dtypes = {work.dtype, work.teacher_dtype or work.dtype}
         widest = max(work.dim, work.teacher_dim) * size * (dtypes != {work.arithmetic})
         limit = widest * work.vocab_size
-        return cls(logits, scratch, row, blocks, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error)
+        return cls(logits, scratch, row, pieces, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error)
 
     def tile(self, budget: int) -> int:
         """Bytes of the weight tile: a quarter of the budget, whole classes, at least one."""
@@ -175,23 +179,29 @@ class _Needs:
         return min(self.tile_limit, max(1, budget // 4 // self.tile_row) * self.tile_row)
 
     def block(self, budget: int) -> int:
-        """Bytes of a temporary: 1 MiB or less, which stays in a core's cache, or one row."""
+        """Bytes of a copy of rows: at least one."""
         return max(self.row, min(BLOCK_BYTES, budget // 32))
 
+    def piece(self, budget: int) -> int:
+        """Bytes of a temporary that may be a part of a row."""
+        return max(_LEAST_PIECE_BYTES, min(PIECE_BYTES, budget // 64))
+
     def blocks(self, budget: int) -> int:
-        """Bytes of all temporaries of element-wise work."""
-        return self.block_count * self.block(budget)
+        """Bytes of all temporaries of element-wise work; a row block has a copy and a result."""
+        return 2 * self.block(budget) * (self.row > 0) + self.pieces * self.piece(budget)
 
     def rows(self, budget: int) -> int:
         """Rows that fit beside the rest."""
-        rest = budget - self.blocks(budget) - self.tile(budget)
+        rest = budget - max(self.blocks(budget), self.tile(budget))
         return rest // (self.logits + self.scratch)
 
     def smallest(self, rows: int) -> int:
         """A budget that holds `rows` rows: blocks and tile take shares of it, or their minimum."""
-        rest = rows * (self.logits + self.scratch) + self.block_count * self.row + self.tile_row
-        share = 32 - self.block_count - (8 if self.tile_row else 0)
-        return rest * 32 // share + 1
+        rest = rows * (self.logits + self.scratch)
+        rest += max(2 * self.row + self.pieces * _LEAST_PIECE_BYTES, self.tile_row)
+        # Of 64 parts: one for each piece, two for each block, or a quarter for the tile.
+        blocks = self.pieces + 4 * (self.row > 0)
+        return rest * 64 // (64 - max(blocks, 16 * (self.tile_row > 0))) + 1
 
 
 def chunk_rows(work: Workload, backend: Backend, memory_budget_bytes: int | None) -> int:
@@ -204,11 +214,20 @@ def chunk_rows(work: Workload, backend: Backend, memory_budget_bytes: int | None
     return _fitting_rows(work, needs, _budget(needs, memory_budget_bytes))
 
 
-def reference_blocks(work: Workload, memory_budget_bytes: int | None) -> tuple[int, int]:
-    """(classes of a weight tile, bytes of an element-wise temporary) of REFERENCE."""
-    needs = _Needs.of(work, Backend.REFERENCE)
-    budget = _budget(needs, memory_budget_bytes)
-    return max(1, needs.tile(budget) // max(1, needs.tile_row)), needs.block(budget)
+class Blocks(NamedTuple):
+    """How REFERENCE cuts its work so that temporaries stay small."""
+
+    tile_classes: int  # classes of the weight that are upcast at a time
+    rows: int  # rows of a [rows, V] buffer that are copied at a time
+    piece: int  # elements of a temporary where there are many
+
+    @classmethod
+    def of(cls, work: Workload, memory_budget_bytes: int | None) -> "Blocks":
+        """The blocks within the budget."""
+        needs, size = _Needs.of(work, Backend.REFERENCE), work.arithmetic.itemsize
+        budget = _budget(needs, memory_budget_bytes)
+        classes = max(1, needs.tile(budget) // max(1, needs.tile_row))
+        return cls(classes, needs.block(budget) // needs.row, needs.piece(budget) // size)
 
 
 def _budget(needs: _Needs, given: int | None) -> int:
@@ -232,4 +251,5 @@ def _fitting_rows(work: Workload, needs: _Needs, budget: int) -> int:
 
 def _statistics_bytes(work: Workload) -> int:
     """Per-token statistics, inputs in another dtype or order, and results."""
-    return (20 + 2 * work.top_k) * work.arithmetic.itemsize + 16
+    models = 1 + (work.operator is Operator.DIVERGENCE)
+    return (12 + 8 * models + 2 * work.top_k) * work.arithmetic.itemsize + 16 * models

@@ -103,6 +103,11 @@ class Teacher(NamedTuple):
     head: Head  # as many classes as the student's
 
 
+# The least mass that a teacher's tail has. fp32 log-probs whose mass rounds to 1 would leave 0, and
+# the reverse KL would be infinite for any student.
+TAIL_FLOOR = 2.0**-24
+
+
 class TopK(NamedTuple):
     """What a teacher hands out of its distribution."""
 

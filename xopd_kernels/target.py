@@ -1,6 +1,7 @@
 """The only file that asks a device what it is: capability, processors, Triton's interpreter."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,19 @@ def cuda_capability(device: torch.device) -> int:
     """Compute capability of a CUDA device as major * 10 + minor, for example 90."""
     major, minor = _capability(_index(device))
     return major * 10 + minor
+
+
+class DeviceSizes(NamedTuple):
+    """What a persistent grid and an L2-resident buffer are cut to."""
+
+    processors: int
+    l2_bytes: int
+
+
+def device_sizes(device: torch.device) -> DeviceSizes:
+    """Streaming multiprocessors and L2 of a CUDA device."""
+    properties = torch.cuda.get_device_properties(_index(device))
+    return DeviceSizes(properties.multi_processor_count, properties.L2_cache_size)
 
 
 def triton_device_problem(device: torch.device) -> str | None:

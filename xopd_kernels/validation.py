@@ -15,17 +15,18 @@ from xopd_kernels.records import Transform
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def check_tensors(named: Sequence[tuple[str, Tensor | None]]) -> None:
-    """Raise unless each value is None or a tensor on the device of the first."""
+def check_tensors(
+    required: Sequence[tuple[str, Tensor]], optional: Sequence[tuple[str, Tensor | None]]
+) -> None:
+    """Raise unless the values are tensors on the device of the first; optional ones may be None."""
     device: torch.device | None = None
-    for name, value in named:
-        if value is None:
-            continue
+    given = [(name, value) for name, value in optional if value is not None]
+    for name, value in (*required, *given):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
         device = value.device if device is None else device
         if value.device != device:
-            raise ValueError(f"{name} is on {value.device}, {named[0][0]} on {device}; move it")
+            raise ValueError(f"{name} is on {value.device}, {required[0][0]} on {device}; move it")
 
 
 def check_head(

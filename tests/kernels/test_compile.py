@@ -15,7 +15,7 @@ pytestmark = [
 ]
 
 from xopd_kernels import inspect  # noqa: E402
-from xopd_kernels.linear_logprob import config  # noqa: E402
+from xopd_kernels.chunk import config  # noqa: E402
 
 JOBS = [job for arch in config.ARCHITECTURES for job in inspect.jobs(arch)]
 

@@ -57,10 +57,9 @@ def run(student, teacher, weight, beta):
     return [out.divergence, *torch.autograd.grad(out.divergence.sum(), student[:3])]
 
 
-def run_top_k(student, ids, logprob, weight):
-    out = linear_topk_divergence(
-        *student[:2], ids, logprob, bias=student.bias, token_weight=weight, **TRITON
-    )
+def run_top_k(student, ids, logprob, weight, beta=1.0, tail="bucket"):
+    options = {"beta": beta, "tail": tail, "bias": student.bias, "token_weight": weight}
+    out = linear_topk_divergence(*student[:2], ids, logprob, **options, **TRITON)
     return [out.divergence, *torch.autograd.grad(out.divergence.sum(), student[:3])]
 
 
@@ -84,15 +83,19 @@ def test_error_budget(dtype, beta):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_top_k_equals_the_reference(dtype):
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("tail", ["bucket", "ignore"])
+def test_top_k_equals_the_reference(dtype, beta, tail):
     student, teacher, weight = make_pair(dtype)
     ids, logprob = make_top_k(teacher)
-    actual = run_top_k(student, ids, logprob, weight)
+    actual = run_top_k(student, ids, logprob, weight, beta, tail)
     wide = student.to(torch.float64)
     exact = linear_topk_divergence(
         *wide[:2],
         ids,
         logprob.double(),
+        beta=beta,
+        tail=tail,
         bias=wide.bias,
         token_weight=weight.double(),
         backend=Backend.REFERENCE,

@@ -4,11 +4,8 @@ import math
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from xopd_kernels import (
-    Backend,
-    BackendUnavailableError,
     linear_divergence,
     linear_topk_divergence,
     reverse_kl_advantage,
@@ -238,6 +235,30 @@ def test_all_ids_leave_an_empty_bucket():
     torch.testing.assert_close(*pair)
 
 
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_teacher_whose_ids_hold_all_mass_in_fp32_keeps_a_tail(beta):
+    """1 - sum q rounds to 0: the reverse KL of any student would be inf."""
+    (hidden, matrix, bias), _, _ = make_case(torch.float32)
+    ids, logprob = torch.tensor([[3, 5]]).expand(N, 2), torch.tensor([[-1e-9, -30.0]]).expand(N, 2)
+    out = linear_topk_divergence(hidden, matrix, ids, logprob, beta=beta, bias=bias).divergence
+    grads = torch.autograd.grad(out.sum(), (hidden, matrix, bias))
+    assert all(x.isfinite().all() for x in (out, *grads))
+
+
+def test_a_tail_far_below_the_ids_keeps_its_mass():
+    """exp(z - maximum) of the tail is 0 in fp32: p_rest by way of it would be 0, too."""
+    bias = torch.tensor([800.0, 0.0, 0.0, 1.0], requires_grad=True)
+    zeros = torch.zeros(1, 2), torch.zeros(4, 2)
+    logprob = torch.tensor([[0.6]]).log()
+    out = linear_topk_divergence(*zeros, torch.tensor([[0]]), logprob, beta=0.0, bias=bias)
+    log_rest = math.log(2 + math.e) - 800
+    expected = 0.6 * math.log(0.6) + 0.4 * (math.log(0.4) - log_rest)
+    assert out.divergence.item() == pytest.approx(expected, rel=1e-6)
+    (grad,) = torch.autograd.grad(out.divergence.sum(), bias)
+    share = 0.4 / (2 + math.e)
+    torch.testing.assert_close(grad, torch.tensor([0.4, -share, -share, -share * math.e]))
+
+
 def test_the_order_of_the_ids_does_not_matter():
     (hidden, matrix, _), teacher, _ = make_case()
     ids, logprob = make_top_k(teacher)
@@ -298,17 +319,6 @@ def test_a_frozen_hidden_and_no_gradient_at_all(call):
 
 
 @BOTH
-def test_retained_graphs_give_the_same_gradient_again(call):
-    leaves, teacher, _ = make_case()
-    out = call(leaves, teacher)
-    first = torch.autograd.grad(2.5 * out.sum(), leaves, retain_graph=True)
-    second = torch.autograd.grad(2.5 * out.sum(), leaves, retain_graph=True)
-    torch.testing.assert_close(second, first, rtol=0, atol=0)
-    last = torch.autograd.grad(5 * out.sum(), leaves)
-    torch.testing.assert_close(last, tuple(2 * x for x in first))
-
-
-@BOTH
 def test_ignored_rows_are_not_read(call):
     (hidden, matrix, bias), teacher, weight = make_case(torch.float32)
     dead = weight == 0
@@ -353,94 +363,6 @@ def test_only_the_divergence_has_a_gradient():
     assert not out.lse.requires_grad
     assert not out.teacher_lse.requires_grad
     assert torch.autograd.grad(out.divergence.sum(), trained, allow_unused=True) == (None, None)
-
-
-@BOTH
-def test_double_backward_raises(call):
-    leaves, teacher, _ = make_case()
-    (grad, *_) = torch.autograd.grad(call(leaves, teacher).sum(), leaves, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not differentiate twice"):
-        grad.sum().backward()
-
-
-@pytest.mark.parametrize("upstream", ["common", "own"])
-def test_opcheck(upstream):
-    (hidden, matrix, bias), teacher, weight = make_case(torch.float32)
-    weight, matrix = weight.float(), matrix.detach().requires_grad_()
-    per_token = torch.ones(N) if upstream == "common" else torch.rand(N)
-    wanted = (True, True, True)
-    inputs = (hidden, matrix, bias, teacher[0], teacher[1][:V], None, weight)
-    scalars = (0.3, 0.9, None, 4.0, 1.0, 1.0, None, "reference")
-    torch.library.opcheck(divergence_op.linear_divergence_op, (*inputs, None, *scalars, *wanted))
-    with torch.no_grad():
-        out = divergence_op.linear_divergence_op(*inputs, None, *scalars, *wanted)
-    frozen = [None if x is None else x.detach() for x in inputs]
-    backward = divergence_op.linear_divergence_backward_op
-    torch.library.opcheck(backward, (per_token, *out[3:], *frozen, *scalars, *wanted))
-    inputs = (hidden, matrix, bias, *make_top_k(teacher), weight)
-    scalars = (0.3, True, 0.9, None, 1.0, None, "reference")
-    torch.library.opcheck(topk_op.linear_topk_divergence_op, (*inputs, None, *scalars, *wanted))
-    with torch.no_grad():
-        out = topk_op.linear_topk_divergence_op(*inputs, None, *scalars, *wanted)
-    frozen = [None if x is None else x.detach() for x in inputs]
-    backward = topk_op.linear_topk_divergence_backward_op
-    torch.library.opcheck(backward, (per_token, *out[3:], *frozen, *scalars, *wanted))
-
-
-@BOTH
-def test_compiles_as_one_graph(call):
-    leaves, teacher, weight = make_case(torch.float32)
-    if call is top_k:
-        ids, logprob = make_top_k(teacher)
-
-    def run(hidden, matrix, bias, factor):
-        if call is full:
-            out = linear_divergence(hidden * 2, matrix, *teacher, bias=bias)
-        else:
-            out = linear_topk_divergence(hidden * 2, matrix, ids, logprob, bias=bias)
-        return (out.divergence * factor).sum(), out.lse.mean()
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for factor in (torch.ones(N), weight.float()):
-        expected = torch.autograd.grad(run(*leaves, factor)[0], leaves)
-        actual = torch.autograd.grad(compiled(*leaves, factor)[0], leaves)
-        torch.testing.assert_close(actual, expected)
-
-
-@BOTH
-def test_autocast_and_checkpointing(call):
-    leaves, teacher, _ = make_case(torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = call(leaves, teacher) if call is full else None
-    if out is not None:
-        low = [x.detach().bfloat16() for x in (*leaves, *teacher)]
-        assert torch.equal(out, full(low[:3], low[3:]))
-        assert torch.autograd.grad(out.sum(), leaves[1])[0].dtype == torch.float32
-    expected = torch.autograd.grad(call(leaves, teacher).sum(), leaves)
-    again = checkpoint(lambda *x: call(x, teacher).sum(), *leaves, use_reentrant=False)
-    torch.testing.assert_close(torch.autograd.grad(again, leaves), expected)
-
-
-def test_leading_dimensions_come_back():
-    (hidden, matrix, _), teacher, weight = make_case()
-    rows = slice(0, 12)
-    flat = linear_divergence(hidden[rows], matrix, teacher[0][rows], teacher[1])
-    shaped = linear_divergence(
-        hidden[rows].view(2, 3, 2, D),
-        matrix,
-        teacher[0][rows].view(2, 3, 2, D_TEACHER),
-        teacher[1],
-        token_weight=torch.ones_like(weight[rows]).view(2, 3, 2),
-    )
-    for one, other in zip(shaped, flat, strict=True):
-        assert torch.equal(one, other.view(2, 3, 2))
-
-
-def test_explicit_backends_never_fall_back():
-    leaves, teacher, _ = make_case(torch.float32)
-    for call in (full, top_k):
-        with pytest.raises(BackendUnavailableError, match="native library is not part"):
-            call(leaves, teacher, backend=Backend.NATIVE)
 
 
 def test_advantage_is_the_clamped_difference_of_the_log_probs():

@@ -275,49 +275,17 @@ def test_frozen_tensors_get_no_gradient():
     assert torch.autograd.grad(out.logprob.sum(), inputs.weight)[0].abs().sum() > 0
 
 
-def arguments(**changes):
-    base = {
-        "hidden": torch.zeros(3, 4),
-        "weight": torch.zeros(5, 4),
-        "target": torch.zeros(3, dtype=torch.int64),
-    }
-    return base | changes
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"hidden": torch.zeros(3, 4).half()}, TypeError, r"weight must have the dtype of hidden"),
-        ({"hidden": torch.zeros(3, 4).int()}, TypeError, r"hidden must be bf16.*torch.int32"),
-        ({"hidden": [1.0]}, TypeError, r"hidden must be a torch.Tensor, got list"),
-        ({"hidden": torch.zeros(3, 6)}, ValueError, r"hidden \[3, 6\] and weight \[5, 4\]"),
-        ({"weight": torch.zeros(0, 4)}, ValueError, r"weight must have V >= 1"),
-        ({"weight": torch.zeros(5, 4, device="meta")}, ValueError, r"weight is on meta"),
-        ({"target": torch.zeros(3)}, TypeError, r"target must be int64"),
-        ({"target": torch.zeros(4).long()}, ValueError, r"target must have .* \[3\], got \[4\]"),
-        ({"target": torch.tensor([0, 5, 1])}, ValueError, r"target must lie in \[0, 5\).* 0 to 5"),
-        ({"target": torch.tensor([0, -1, 1])}, ValueError, r"from -1 to 1"),
-        ({"bias": torch.zeros(4)}, ValueError, r"bias must be \[5\], got \[4\]"),
-        ({"bias": torch.zeros(5).half()}, TypeError, r"bias must have the dtype of weight"),
-        ({"temperature": math.nan}, ValueError, r"temperature must be finite and > 0, got nan"),
-        ({"temperature": 0.0}, ValueError, r"temperature must be finite and > 0, got 0"),
-        ({"softcap": -1.0}, ValueError, r"softcap must be"),
-        ({"logit_scale": math.inf}, ValueError, r"logit_scale must be finite"),
-        ({"backend": "cuda"}, ValueError, r"backend must be a Backend or \"auto\", got 'cuda'"),
-    ],
-)
-def test_wrong_input_is_named(changes, error, message):
-    with pytest.raises(error, match=message):
-        linear_logprob(**arguments(**changes))
-
-
 def test_explicit_backends_never_fall_back():
     with pytest.raises(BackendUnavailableError, match="native library is not part"):
-        linear_logprob(**arguments(backend=Backend.NATIVE))
+        linear_logprob(
+            torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), backend=Backend.NATIVE
+        )
     with pytest.raises(
         BackendUnavailableError, match=r"TRITON_INTERPRET=1|triton is not installed"
     ):
-        linear_logprob(**arguments(backend=Backend.TRITON))
+        linear_logprob(
+            torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), backend=Backend.TRITON
+        )
 
 
 def test_double_backward_raises():
@@ -332,7 +300,18 @@ def test_double_backward_raises():
 def test_opcheck(needs_entropy):
     x = make_inputs(6, 9, 5, torch.float32)
     scalars = (0.9, None, 1.0, "", -100)
-    args = (x.hidden, x.weight, x.bias, x.target, None, *scalars, needs_entropy, None, "reference")
+    args = (
+        x.hidden,
+        x.weight,
+        x.bias,
+        x.target,
+        None,
+        *scalars,
+        needs_entropy,
+        True,
+        None,
+        "reference",
+    )
     torch.library.opcheck(linear_logprob_op, args)
     rows = [row.detach() for row in linear_logprob_op(*args)]
     wanted = (True, False, True)
@@ -346,7 +325,16 @@ def test_gradients_of_strided_inputs_are_what_the_fake_promises(which):
     strided = x._replace(**{which: getattr(x, which).detach().t().contiguous().t()})
     target = x.target.clamp(min=0)  # all rows live: nothing is gathered into a fresh tensor
     scalars = (0.9, None, 1.0, "", -100)
-    args = (*(t.detach() for t in strided[:3]), target, None, *scalars, False, None, "reference")
+    args = (
+        *(t.detach() for t in strided[:3]),
+        target,
+        None,
+        *scalars,
+        False,
+        True,
+        None,
+        "reference",
+    )
     rows = linear_logprob_op(*args)
     args = (*rows, rows[2], *args[:4], *scalars, True, True, True, None, "reference")
     torch.library.opcheck(linear_logprob_backward_op, args)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend
-from xopd_kernels.memory import Workload, chunk_rows, reference_blocks
+from xopd_kernels.memory import Blocks, Workload, chunk_rows
 from xopd_kernels.records import Head, Wanted
 from xopd_kernels.shard import VocabShard
 
@@ -18,8 +18,7 @@ class Call(NamedTuple):
     shard: VocabShard
     work: Workload
     step: int  # rows of a chunk
-    tile_classes: int  # REFERENCE: classes of the weight that are upcast at a time
-    block_bytes: int  # REFERENCE: of an element-wise temporary
+    blocks: Blocks  # of REFERENCE
 
     @classmethod
     def of(cls, head: Head, work: Workload, backend: Backend, budget: int | None) -> "Call":
@@ -29,9 +28,9 @@ class Call(NamedTuple):
         # uneven the shards, or their collectives would not meet.
         work = work._replace(vocab_size=shard.largest)
         step = chunk_rows(work, backend, budget)
-        if backend is not Backend.REFERENCE:
-            return cls(head, shard, work, step, 0, 0)
-        return cls(head, shard, work, step, *reference_blocks(work, budget))
+        is_reference = backend is Backend.REFERENCE
+        blocks = Blocks.of(work, budget) if is_reference else Blocks(0, 0, 0)
+        return cls(head, shard, work, step, blocks)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,10 +41,6 @@ class Call(NamedTuple):
     def wanted(self) -> Wanted:
         """The gradients that somebody reads."""
         return self.work.wanted
-
-    def block_rows(self) -> int:
-        """Rows of a [rows, V] buffer whose temporaries stay in a core's cache (REFERENCE)."""
-        return max(1, self.block_bytes // (self.work.vocab_size * self.dtype.itemsize))
 
     def empty(self, rows: int) -> Tensor:
         """An uninitialised [rows, V] buffer of logits."""

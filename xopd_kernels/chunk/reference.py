@@ -81,7 +81,7 @@ class ChunkLogits(NamedTuple):
 
     def weight_tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """The weight in the dtype of the arithmetic; upcast tile by tile where it differs."""
-        weight, dtype, step = self.call.head.weight, self.call.dtype, self.call.tile_classes
+        weight, dtype, step = self.call.head.weight, self.call.dtype, self.call.blocks.tile_classes
         if weight.dtype == dtype:
             yield slice(0, len(weight)), weight
             return
@@ -110,7 +110,7 @@ class ChunkLogits(NamedTuple):
         """The first `count` rows; only those of `alive` [n] int64, moved to the front in place."""
         if alive is None:
             return self.buffer[:count]
-        step = self.call.block_rows()
+        step = self.call.blocks.rows
         if self.slope is not None:
             move_to_front_(self.slope, alive, step)
         return move_to_front_(self.buffer, alive, step)

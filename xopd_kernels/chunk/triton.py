@@ -8,8 +8,7 @@ from torch import Tensor
 
 from xopd_kernels import target as device_target
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
-from xopd_kernels.linear_logprob.config import (
+from xopd_kernels.chunk.config import (
     GRADIENT_BLOCK_V,
     GRADIENT_WARPS,
     ROWS_PER_PROGRAM,
@@ -17,6 +16,7 @@ from xopd_kernels.linear_logprob.config import (
     TileConfig,
     select,
 )
+from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
 from xopd_kernels.records import HeadGradient
 from xopd_kernels.tile.matmul import matmul_kernel
 from xopd_kernels.tile.softmax import gradient_kernel, logits_kernel, statistics_kernel

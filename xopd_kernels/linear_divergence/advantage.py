@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import BackendChoice
-from xopd_kernels.inputs import check_pair, first_classes
+from xopd_kernels.inputs import check_pair, first_classes, prepare_options
 from xopd_kernels.linear_logprob import linear_logprob
 from xopd_kernels.records import ReverseKLAdvantage, Transform
-from xopd_kernels.validation import check_clamp, check_tensors
+from xopd_kernels.validation import check_clamp
 
 
 def reverse_kl_advantage(
@@ -48,7 +48,8 @@ def reverse_kl_advantage(
         inputs), 0 where ignored.
 
     Raises:
-        TypeError, ValueError: an input is wrong; nothing was computed.
+        TypeError, ValueError: an input is wrong; nothing was computed, unless the budget holds a
+            chunk of the student and none of the teacher.
         BackendUnavailableError: an explicit backend cannot run here.
 
     Example:
@@ -60,13 +61,15 @@ def reverse_kl_advantage(
         ... ).advantage
         tensor([0.])
     """
-    named = [("hidden", hidden), ("weight", weight), ("bias", bias), ("target", target)]
-    of_teacher = [
+    tensors = [
+        ("hidden", hidden),
+        ("weight", weight),
         ("teacher_hidden", teacher_hidden),
         ("teacher_weight", teacher_weight),
-        ("teacher_bias", teacher_bias),
+        ("target", target),
     ]
-    check_tensors([*named, *of_teacher])
+    optional = [("bias", bias), ("teacher_bias", teacher_bias)]
+    prepare_options(tensors, optional, memory_budget_bytes, backend)
     check_clamp(advantage_clamp)
     own = Transform(temperature, softcap, logit_scale)
     other = Transform(temperature, teacher_softcap, teacher_logit_scale)

@@ -81,16 +81,15 @@ def linear_divergence(
         >>> out.divergence.detach(), out.teacher_lse
         (tensor([0.]), tensor([2.0794]))
     """
-    tensors = [("hidden", hidden), ("weight", weight), ("bias", bias)]
-    of_teacher = [
+    tensors = [
+        ("hidden", hidden),
+        ("weight", weight),
         ("teacher_hidden", teacher_hidden),
         ("teacher_weight", teacher_weight),
-        ("teacher_bias", teacher_bias),
     ]
     per_token = [("token_weight", token_weight)]
-    backend_name = prepare_options(
-        [*tensors, *of_teacher, *per_token], memory_budget_bytes, backend
-    )
+    optional = [("bias", bias), ("teacher_bias", teacher_bias), *per_token]
+    backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
     check_beta(beta)
     own = Transform(temperature, softcap, logit_scale)
     other = Transform(temperature, teacher_softcap, teacher_logit_scale)

@@ -187,12 +187,16 @@ def _ahead(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    # Else autograd fills zeros for the outputs nobody reads: d_weight is one of them.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[3:], *inputs[:7])
     ctx.main_grad = inputs[7]
     ctx.scalars = inputs[8:]
 
 
-def _backward(ctx: Any, d_divergence: Tensor, *unread: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_divergence: Tensor | None, *unread: None) -> tuple[Any, ...]:
+    if d_divergence is None:
+        return (None,) * (8 + len(ctx.scalars))
     saved = ctx.saved_tensors
     options, wanted = _Options(*ctx.scalars[:-3]), Wanted(*ctx.needs_input_grad[:3])
     read = row_gradients(

@@ -4,6 +4,8 @@ A row's divergence and its gradient depend on that row's logits alone, so both m
 chunk are computed once: 3U of the student and 1U of the teacher.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -47,19 +49,28 @@ def _fill_rows(
 ) -> None:
     """(divergence, lse, teacher_lse) into `out` [3, rows]; the gradient replaces the logits z.
 
-    Block by block of rows, so that what is between stays in a core's cache.
+    Piece by piece, so that what is between stays small; the slopes replace the teacher's logits.
     """
-    step = call.block_rows()
-    for begin in range(0, len(z), step):
-        rows = slice(begin, begin + step)
+    value = out[0].zero_()
+    for rows in pieces(len(z), call.blocks.rows):
         out[1, rows], out[2, rows] = log_softmax_(z[rows]), log_softmax_(z_teacher[rows])
-        log_p, scale = z[rows], weight[rows, None]
-        value, slope = row_divergence(log_p, z_teacher[rows], beta)
-        out[0, rows] = value * weight[rows]
-        if call.work.has_gradient:
-            # d value / d z = slope - p * sum(slope), with sum p = 1.
-            total = slope.sum(1, keepdim=True)
-            log_p.exp_().mul_(-total).add_(slope).mul_(scale)
+    columns = min(z.shape[1], call.blocks.piece)
+    for rows in pieces(len(z), call.blocks.piece // columns):
+        for classes in pieces(z.shape[1], columns):
+            part = row_divergence(z[rows, classes], z_teacher[rows, classes], beta)
+            value[rows] += part.value
+            z_teacher[rows, classes] = part.slope
+    if call.work.has_gradient:
+        # d value / d z = slope - p * sum(slope), with sum p = 1.
+        slope, scale = z_teacher, weight[:, None]
+        z.exp_().mul_(-slope.sum(1, keepdim=True)).add_(slope).mul_(scale)
+    value.mul_(weight)
+
+
+def pieces(count: int, step: int) -> Iterator[slice]:
+    """`count` in parts of at most `step`."""
+    for begin in range(0, count, step):
+        yield slice(begin, min(begin + step, count))
 
 
 def log_softmax_(z: Tensor) -> Tensor:

@@ -4,7 +4,12 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from xopd_kernels.backend import BackendChoice
-from xopd_kernels.inputs import prepare_head, prepare_options, prepare_target
+from xopd_kernels.inputs import (
+    prepare_head,
+    prepare_options,
+    prepare_target,
+    wanted_gradients,
+)
 from xopd_kernels.linear_logprob.op import linear_logprob_op
 from xopd_kernels.records import LinearLogprob, Transform
 
@@ -71,8 +76,8 @@ def linear_logprob(
         >>> linear_logprob(hidden, weight, torch.tensor([3, -100])).logprob
         tensor([-2.0794,  0.0000])
     """
-    tensors = [("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)]
-    backend_name = prepare_options(tensors, memory_budget_bytes, backend)
+    tensors = [("hidden", hidden), ("weight", weight), ("target", target)]
+    backend_name = prepare_options(tensors, [("bias", bias)], memory_budget_bytes, backend)
     transform = Transform(temperature, softcap, logit_scale)
     x = prepare_head(hidden, weight, bias, transform, vocab_group)
     logprob, lse, entropy = linear_logprob_op(
@@ -83,6 +88,7 @@ def linear_logprob(
         x.vocab_group,
         ignore_index,
         needs_entropy,
+        any(wanted_gradients(*x[:3])),
         memory_budget_bytes,
         backend_name,
     )

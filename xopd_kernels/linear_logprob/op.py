@@ -18,8 +18,10 @@ from xopd_kernels.chunk.autograd import (
 )
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.linear_logprob import reference
-from xopd_kernels.memory import Operator, Workload
+from xopd_kernels.memory import Operator, Workload, chunk_rows
 from xopd_kernels.records import Head, HeadGradient, LinearLogprob, Transform, Wanted
+
+_ALL = Wanted(hidden=True, weight=True, bias=True)
 
 
 @torch.library.custom_op("xopd_kernels::linear_logprob", mutates_args=())
@@ -35,17 +37,21 @@ def linear_logprob_op(
     vocab_group: str,
     ignore_index: int,
     needs_entropy: bool,
+    needs_gradient: bool,
     memory_budget_bytes: int | None,
     backend: str,
 ) -> Triple:
     """(logprob [N], lse [N], entropy [N] or [0]) of hidden [N, D] and target [N].
 
-    `main_grad` [V, D] is only kept for the backward pass.
+    `main_grad` [V, D] is only kept for the backward pass; `needs_gradient` says that there will be
+    one, so that a budget that is too small for it is refused now.
     """
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     chosen = resolve(backend, hidden.device, hidden.dtype)
     work = _workload(hidden, head, Wanted(False, False, False), needs_entropy)
     call = Call.of(head, work, chosen, memory_budget_bytes)
+    if needs_gradient:
+        chunk_rows(call.work._replace(wanted=_ALL), chosen, memory_budget_bytes)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import forward
 
@@ -71,6 +77,7 @@ def _(
     vocab_group: str,
     ignore_index: int,
     needs_entropy: bool,
+    needs_gradient: bool,
     memory_budget_bytes: int | None,
     backend: str,
 ) -> Triple:
@@ -168,7 +175,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Triple) -> None:
 
 def _backward(ctx: Any, d_logprob: Tensor, d_lse: Tensor, d_entropy: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, target, entropy = ctx.saved_tensors
-    *transform, vocab_group, ignore_index, _, budget, backend = ctx.scalars
+    *transform, vocab_group, ignore_index, _, _, budget, backend = ctx.scalars
     wanted = Wanted(*ctx.needs_input_grad[:3])
     gradients: Triple
     if ctx.main_grad is not None and wanted.weight:
@@ -198,7 +205,7 @@ def _backward(ctx: Any, d_logprob: Tensor, d_lse: Tensor, d_entropy: Tensor) -> 
             backend,
         )
     read = [grad if is_wanted else None for grad, is_wanted in zip(gradients, wanted, strict=True)]
-    return (*read, *[None] * 10)
+    return (*read, *[None] * (2 + len(ctx.scalars)))
 
 
 linear_logprob_op.register_autograd(_backward, setup_context=_setup_context)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
+from xopd_kernels.chunk.scoring import run_scoring
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
 from xopd_kernels.linear_logprob.reference import has_upstream
 from xopd_kernels.records import HeadGradient, LinearLogprob
@@ -17,7 +18,7 @@ def forward(call: Call, hidden: Tensor, target: Tensor, ignore_index: int) -> Li
     rows = RowStatistics.zeros(pipeline.target_logit, needs_entropy)
     for part, live_count in live.parts():
         chunk = pipeline.gather(hidden, part)
-        partial = pipeline.run_logits(chunk, part, live_count, None, needs_entropy)
+        partial = run_scoring(pipeline, chunk, part, live_count, needs_entropy)
         pipeline.run_statistics(partial, part, live_count, rows)
     entropy = rows.lse.new_empty(0) if rows.entropy is None else live.spread(rows.entropy)
     return LinearLogprob(live.spread(rows.logprob), live.spread(rows.lse), entropy)

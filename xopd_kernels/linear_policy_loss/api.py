@@ -103,8 +103,9 @@ def linear_policy_loss(
         ("old_logprob", old_logprob),
         ("token_weight", token_weight),
     ]
-    tensors = [("hidden", hidden), ("weight", weight), ("target", target), ("bias", bias)]
-    backend_name = prepare_options([*tensors, *per_token], memory_budget_bytes, backend)
+    tensors = [("hidden", hidden), ("weight", weight), ("target", target)]
+    optional = [("bias", bias), *per_token]
+    backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
     transform = Transform(temperature, softcap, logit_scale)
     x = prepare_head(hidden, weight, bias, transform, vocab_group)
     flat_target = prepare_target(target, hidden)

@@ -125,12 +125,16 @@ def _(d_loss: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor) -> Tri
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    # Else autograd fills zeros for the outputs nobody reads: d_weight is one of them.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[6:])
     ctx.main_grad = inputs[4]
     ctx.input_count = len(inputs)
 
 
-def _backward(ctx: Any, d_loss: Tensor, *unread: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, d_loss: Tensor | None, *unread: None) -> tuple[Any, ...]:
+    if d_loss is None:
+        return tuple([None] * ctx.input_count)
     wanted = Wanted(*ctx.needs_input_grad[:3])
     read = scaled_gradients(
         d_loss, ctx.saved_tensors, wanted, ctx.main_grad, linear_policy_loss_backward_op

@@ -11,9 +11,10 @@ import triton
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.config import ROWS_PER_PROGRAM
 from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
+from xopd_kernels.chunk.scoring import run_scoring
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
-from xopd_kernels.linear_logprob.config import ROWS_PER_PROGRAM
 from xopd_kernels.records import HeadGradient, PolicyLoss, PolicyTerms
 from xopd_kernels.target import device_guard
 from xopd_kernels.tile.token_loss import policy_kernel
@@ -59,7 +60,10 @@ def forward(
     upstream = RowGradients(rows.coefficient, None, None)
     for part, live_count in live.parts():
         chunk = pipeline.gather(hidden, part)
-        partial = pipeline.run_logits(chunk, part, live_count, logits, has_moment=False)
+        if logits is None:
+            partial = run_scoring(pipeline, chunk, part, live_count, has_moment=False)
+        else:
+            partial = pipeline.run_logits(chunk, part, live_count, logits, has_moment=False)
         _run_policy(partial, pipeline.target_logit[part], live_count, terms, out, part)
         if logits is not None:
             alive = Alive.of(rows.coefficient[part])

@@ -36,8 +36,9 @@ def linear_topk_divergence(
     """Divergence of a student's distribution from what a teacher says of its K likeliest classes.
 
     With the tail as a bucket both distributions have K + 1 classes: the ids, and all others as
-    one, with ``q_rest = 1 - sum q``. Divergences as in `linear_divergence`. The bucket bounds the
-    student's mass outside the ids, which a sum over the ids alone leaves free.
+    one, with ``q_rest = max(1 - sum q, 2^-24)``, as fp32 log-probs cannot tell less, and 0 if
+    K = V. Divergences as in `linear_divergence`. The bucket bounds the student's mass outside the
+    ids, which a sum over the ids alone leaves free.
 
     Args:
         hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
@@ -57,10 +58,10 @@ def linear_topk_divergence(
         teacher_lse is the log of the mass that the ids hold. Only `divergence` has a gradient: to
         hidden, weight and bias.
 
-    Cost, numerics and what raises: as `linear_divergence`, 3U. The student's mass outside the ids
-    is summed over the other classes, as 1 - sum p would cancel. Ids that repeat in a row or are
-    no class raise ValueError on the CPU; on a CUDA device they give NaN, as reading them would
-    stall.
+    Cost, numerics and what raises: as `linear_divergence`, 3U. Backend.TRITON takes K <= 256. The
+    student's mass outside the ids is summed over the other classes, as 1 - sum p would cancel.
+    Ids that repeat in a row or are no class raise ValueError on the CPU; on a CUDA device they
+    give NaN, as reading them would stall.
 
     Example:
         >>> import torch
@@ -70,12 +71,15 @@ def linear_topk_divergence(
         >>> linear_topk_divergence(*zeros, ids, logprob, beta=0.0).divergence
         tensor([0.1438])
     """
-    tensors = [("hidden", hidden), ("weight", weight), ("bias", bias)]
-    of_teacher = [("teacher_ids", teacher_ids), ("teacher_logprob", teacher_logprob)]
+    tensors = [
+        ("hidden", hidden),
+        ("weight", weight),
+        ("teacher_ids", teacher_ids),
+        ("teacher_logprob", teacher_logprob),
+    ]
     per_token = [("token_weight", token_weight)]
-    backend_name = prepare_options(
-        [*tensors, *of_teacher, *per_token], memory_budget_bytes, backend
-    )
+    optional = [("bias", bias), *per_token]
+    backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
     check_beta(beta)
     if tail not in ("bucket", "ignore"):
         raise ValueError(f'tail must be "bucket" or "ignore", got {tail!r}')

@@ -6,7 +6,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.kl import row_divergence
 from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
-from xopd_kernels.records import HeadGradient, LinearDivergence, TopK
+from xopd_kernels.records import TAIL_FLOOR, HeadGradient, LinearDivergence, TopK
 from xopd_kernels.validation import check_ids
 
 
@@ -23,7 +23,8 @@ def forward(
     weight = hidden.new_ones(rows, dtype=call.dtype) if token_weight is None else token_weight
     live = LiveRows.of(weight != 0)
     weight = live.take(weight).to(call.dtype)
-    check_ids(live.take(teacher.ids), len(call.head.weight))
+    for part in live.parts(call.step):  # a chunk at a time: sorting takes 16 bytes an id
+        check_ids(live.chunk(teacher.ids, part), len(call.head.weight))
     student = ChunkLogits.of(call, live)
     gradient = GradientSum.of(hidden, student, live)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
@@ -48,21 +49,26 @@ def _fill_rows(z: Tensor, teacher: TopK, weight: Tensor, beta: float, out: Tenso
     maximum = maximum.where(maximum != -torch.inf, 0.0)
     z.sub_(maximum[:, None])
     at_ids = z.gather(1, teacher.ids)
-    rest = z.scatter_(1, teacher.ids, -torch.inf).exp_().sum(1)
-    total = rest + at_ids.exp().sum(1)
+    # The tail has a maximum of its own: far below the ids, exp(z - maximum) is 0 in all of it.
+    top = z.scatter_(1, teacher.ids, -torch.inf).amax(1)
+    top = top.where(top != -torch.inf, 0.0)
+    rest = z.sub_(top[:, None]).exp_().sum(1)
+    total = rest * top.exp() + at_ids.exp().sum(1)
     log_total = total.log()
     teacher_lse = teacher.logprob.logsumexp(1)
     log_p, log_q = at_ids - log_total[:, None], teacher.logprob
     if teacher.has_tail:
-        log_rest = torch.log(-teacher_lse.clamp(max=0.0).expm1())
-        log_p = torch.cat((log_p, (rest.log() - log_total)[:, None]), 1)
+        log_rest = torch.log((-teacher_lse.expm1()).clamp(min=TAIL_FLOOR))
+        if teacher.ids.shape[1] == z.shape[1]:  # no class is left
+            log_rest = torch.full_like(log_rest, -torch.inf)
+        log_p = torch.cat((log_p, (top + rest.log() - log_total)[:, None]), 1)
         log_q = torch.cat((log_q, log_rest[:, None]), 1)
     value, slope = row_divergence(log_p, log_q, beta, is_normalised=teacher.has_tail)
     out[0], out[1], out[2] = value * weight, maximum + log_total, teacher_lse
     # d value / d z_v = slope_v - p_v * sum(slope) for an id; a class of the tail has the share
-    # p_v / p_rest of the slope of the tail. z holds exp(z - maximum) there and 0 at the ids.
+    # p_v / p_rest of the slope of the tail. z holds exp(z - maximum - top) there, 0 at the ids.
     g = slope.sum(1)
-    of_tail = -g / total
+    of_tail = -g * top.exp() / total
     if teacher.has_tail:
         of_tail = of_tail + torch.where(rest > 0, slope[:, -1] / rest, 0.0)
     z.mul_((of_tail * weight)[:, None])

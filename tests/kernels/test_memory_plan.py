@@ -1,0 +1,267 @@
+"""memory_plan is what happens: measured peaks lie below it and close to it, and stay bounded.
+
+Measured with the profiler, which sees every allocation, also those inside operators.
+"""
+
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from xopd_kernels import (
+    Backend,
+    Operator,
+    Workload,
+    linear_divergence,
+    linear_logprob,
+    linear_policy_loss,
+    linear_topk_divergence,
+    memory_plan,
+)
+from xopd_kernels.records import Wanted
+
+MIB = 2**20
+CPU_BYTES = 64 * MIB  # the promise for the CPU: memory beyond inputs and gradients, whatever N
+TOP_K = 32
+VOCAB_SIZE, DIM = 32_000, 16
+
+
+class Case(NamedTuple):
+    """An operator and what decides how many [rows, V] buffers it needs."""
+
+    operator: Operator
+    needs_entropy: bool = False
+    softcap: float | None = None
+    beta: float = 0.5
+
+    def __str__(self) -> str:
+        parts = (
+            self.operator.value,
+            "entropy" * self.needs_entropy,
+            "softcap" * bool(self.softcap),
+        )
+        return "-".join(x for x in (*parts, "" if self.beta == 0.5 else f"beta={self.beta}") if x)
+
+    def workload(self, rows: int, vocab_size: int, dim: int, dtype: torch.dtype) -> Workload:
+        return Workload(
+            self.operator,
+            rows,
+            vocab_size,
+            dim,
+            dtype,
+            teacher_dim=dim if self.operator is Operator.DIVERGENCE else 0,
+            top_k=TOP_K if self.operator is Operator.TOPK_DIVERGENCE else 0,
+            has_softcap=self.softcap is not None,
+            needs_entropy=self.needs_entropy,
+        )
+
+
+ALL = [
+    Case(Operator.LOGPROB),
+    Case(Operator.LOGPROB, needs_entropy=True),
+    Case(Operator.POLICY_LOSS),
+    Case(Operator.POLICY_LOSS, softcap=8.0),
+    Case(Operator.DIVERGENCE),
+    Case(Operator.DIVERGENCE, softcap=8.0),
+    Case(Operator.TOPK_DIVERGENCE),
+]
+CASES = pytest.mark.parametrize("case", ALL, ids=str)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def allocations(call) -> list[int]:
+    """Bytes of every allocation (> 0) and release (< 0) of the call, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    # The public list hides allocations that belong to an operator; this one has them all.
+    events = profiler.profiler.kineto_results.events()
+    memory = [event for event in events if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(memory, key=lambda event: event.start_ns())]
+
+
+def peak(sizes: list[int]) -> int:
+    level = highest = 0
+    for size in sizes:
+        level += size
+        highest = max(highest, level)
+    return highest
+
+
+def measure(case: Case, work: Workload, live: int, budget: int | None = None) -> list[int]:
+    """Allocations of forward and backward with `live` of the rows, spread over all of them."""
+    rng = torch.Generator().manual_seed(0)
+    rows, vocab_size, dim = work.rows, work.vocab_size, work.dim
+    hidden = torch.randn(rows, dim, generator=rng).to(work.dtype).requires_grad_()
+    weight = torch.randn(vocab_size, dim, generator=rng).to(work.dtype).requires_grad_()
+    is_live = torch.zeros(rows)
+    is_live[:: rows // live] = 1.0
+    target = torch.randint(vocab_size, (rows,), generator=rng).where(is_live > 0, -100)
+    options = {"memory_budget_bytes": budget, "softcap": case.softcap}
+    ids = torch.arange(TOP_K).repeat(rows, 1)
+    teacher = torch.full((rows,), -4.0)
+
+    def loss():
+        if case.operator is Operator.LOGPROB:
+            entropy = case.needs_entropy
+            out = linear_logprob(hidden, weight, target, needs_entropy=entropy, **options)
+            return out.logprob.sum() + out.entropy.sum()
+        if case.operator is Operator.POLICY_LOSS:
+            given = {"teacher_logprob": teacher, **options}
+            return linear_policy_loss(hidden, weight, target, **given).loss
+        given = {"token_weight": is_live, "beta": case.beta, **options}
+        if case.operator is Operator.DIVERGENCE:
+            heads = (hidden, weight, hidden.detach(), weight.detach())
+            return linear_divergence(*heads, **given).divergence.sum()
+        heads = (hidden, weight, ids, teacher[:, None].expand(ids.shape))
+        return linear_topk_divergence(*heads, **given).divergence.sum()
+
+    return allocations(lambda: torch.autograd.grad(loss(), (hidden, weight)))
+
+
+def assert_planned(sizes: list[int], work: Workload, budget: int | None, least_share: float):
+    """The peak lies in [least_share, 1] of the plan; the rest of the plan is not allocated."""
+    plan = memory_plan(work, Backend.REFERENCE, budget)
+    assert least_share * plan.peak_bytes <= peak(sizes) <= plan.peak_bytes
+
+
+def test_the_measurement_sees_the_dense_version():
+    sizes = allocations(lambda: (torch.randn(64, 8) @ torch.randn(8, 1000)).softmax(-1))
+    assert max(sizes) == 64 * 1000 * 4
+
+
+@CASES
+@DTYPES
+def test_peak_of_a_call(case, dtype):
+    """Half of the rows are masked; the default budget. No tensor of N * V elements."""
+    work = case.workload(2048, VOCAB_SIZE, DIM, dtype)
+    sizes = measure(case, work, live=1024)
+    assert max(sizes) <= memory_plan(work, Backend.REFERENCE).logits_bytes
+    assert max(sizes) < 1024 * VOCAB_SIZE * dtype.itemsize
+    assert_planned(sizes, work, None, least_share=0.9)
+
+
+@CASES
+@DTYPES
+def test_a_low_budget_is_kept(case, dtype):
+    """Then the rounding of d_weight is what the plan adds up, although it comes last."""
+    work = case.workload(512, VOCAB_SIZE, DIM, dtype)
+    assert memory_plan(work, Backend.REFERENCE, 8 * MIB).workspace_bytes <= 8 * MIB
+    sizes = measure(case, work, live=128, budget=8 * MIB)
+    assert_planned(sizes, work, 8 * MIB, least_share=0.65)
+
+
+@pytest.mark.parametrize("rows", [8192, 32_768])
+@CASES
+def test_workspace_does_not_grow_with_the_tokens(case, rows):
+    """Only row_bytes and d_hidden do; 512 live rows fill a chunk."""
+    few, many = (case.workload(n, VOCAB_SIZE, DIM, torch.bfloat16) for n in (2048, rows))
+    plans = [memory_plan(work, Backend.REFERENCE) for work in (few, many)]
+    assert plans[0].workspace_bytes == plans[1].workspace_bytes
+    assert plans[0].chunk_rows < 512
+    assert_planned(measure(case, many, live=512), many, None, least_share=0.75)
+
+
+@pytest.mark.parametrize("case", [*ALL, *(ALL[4]._replace(beta=x) for x in (0.0, 1.0))], ids=str)
+def test_the_promise_for_the_cpu(case):
+    """32,768 rows, and so few classes that a chunk has a thousand rows or more."""
+    work = case.workload(32_768, 3600, 4, torch.float32)
+    plan = memory_plan(work, Backend.REFERENCE)
+    assert plan.workspace_bytes > 46 * MIB
+    sizes = measure(case, work, live=4096)
+    assert peak(sizes) - plan.gradient_bytes <= CPU_BYTES
+    assert_planned(sizes, work, None, least_share=0.8)
+
+
+@pytest.mark.parametrize("case", [ALL[2], ALL[5], ALL[6]], ids=str)
+@DTYPES
+def test_a_wide_head(case, dtype):
+    """Where hidden states, weight tiles and gradients weigh as much as the logits do.
+
+    The plan adds up what is there at different times: tiles in the GEMMs, temporaries between.
+    """
+    work = case.workload(1024, 6000, 768, dtype)
+    assert_planned(measure(case, work, live=1024), work, None, least_share=0.75)
+
+
+@CASES
+def test_few_tokens_do_not_pay_for_a_second_gradient_of_the_weight(case):
+    """Autograd must not fill the gradients of outputs that nobody read with zeros."""
+    work = case.workload(16, VOCAB_SIZE, 64, torch.float32)
+    sizes = measure(case, work, live=16)
+    assert sizes.count(VOCAB_SIZE * 64 * 4) == 1
+    assert_planned(sizes, work, None, least_share=0.8)
+
+
+@pytest.mark.parametrize("case", ALL[2:], ids=str)
+def test_logits_are_the_buffers_that_are_allocated(case):
+    work = case.workload(640, VOCAB_SIZE, DIM, torch.float32)
+    plan = memory_plan(work, Backend.REFERENCE)
+    buffer = plan.chunk_rows * VOCAB_SIZE * 4
+    sizes = measure(case, work, live=640)
+    assert buffer * sizes.count(buffer) == plan.logits_bytes
+
+
+@pytest.mark.parametrize("needs_entropy", [False, True])
+def test_scoring_needs_no_slope_and_no_gradient(needs_entropy):
+    case = Case(Operator.LOGPROB, needs_entropy, softcap=4.0)
+    work = case.workload(640, VOCAB_SIZE, DIM, torch.float32)
+    work = work._replace(wanted=Wanted(False, False, False))
+    plan = memory_plan(work, Backend.REFERENCE)
+    assert plan.gradient_bytes == plan.accumulator_bytes == 0
+    hidden, weight = torch.randn(640, DIM), torch.randn(VOCAB_SIZE, DIM)
+    target = torch.zeros(640, dtype=torch.int64)
+    options = {"needs_entropy": needs_entropy, "softcap": 4.0}
+    sizes = allocations(lambda: linear_logprob(hidden, weight, target, **options))
+    assert sizes.count(plan.chunk_rows * VOCAB_SIZE * 4) == 1 + needs_entropy
+    assert_planned(sizes, work, None, least_share=0.9)
+
+
+@CASES
+@DTYPES
+def test_the_least_budget_is_named_and_enough(case, dtype):
+    work = case.workload(64, 2000, DIM, dtype)
+    with pytest.raises(ValueError, match="memory_budget_bytes must be at least") as failure:
+        measure(case, work, live=64, budget=2000)
+    text = str(failure.value)
+    assert f"V=2000, D={DIM}, {dtype} and {case.operator.value} on REFERENCE, got 2000" in text
+    least = int(re.search(r"at least (\d+)", text)[1])
+    with pytest.raises(ValueError, match=f"at least {least} "):
+        memory_plan(work, Backend.REFERENCE, least - 1)
+    plan = memory_plan(work, Backend.REFERENCE, least)
+    assert plan.chunk_rows >= 1
+    assert plan.workspace_bytes <= least
+    assert peak(measure(case, work, live=64, budget=least)) <= plan.peak_bytes
+
+
+@pytest.mark.parametrize("vocab_size", [1, 1000, VOCAB_SIZE, 151_936, 1_000_000])
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])
+@CASES
+def test_plans_fit_their_budget(case, backend, vocab_size):
+    """Arithmetic alone: budgets from the least one up, and the default, over all sizes."""
+    work = case.workload(100_000, vocab_size, 2048, torch.bfloat16)
+    default = memory_plan(work, backend)
+    least = 16 * vocab_size * 4 * 3  # 16 rows of three buffers may exceed the default
+    limit = 48 * MIB if backend is Backend.REFERENCE else 640_000_000
+    assert default.workspace_bytes <= max(limit, 3 * least + 32 * MIB)
+    last = 0
+    for exponent in range(16, 34):
+        budget = 2**exponent
+        try:
+            plan = memory_plan(work, backend, budget)
+        except ValueError:
+            assert last == 0  # a larger budget is never refused
+            continue
+        assert plan.workspace_bytes <= budget
+        assert plan.chunk_rows >= last
+        last = plan.chunk_rows
+    assert last > 0
+    assert memory_plan(work._replace(rows=5), backend).chunk_rows == 5
+
+
+@pytest.mark.parametrize("vocab_size", [1, VOCAB_SIZE, 151_936, 256_000, 10_000_000])
+def test_chunks_on_a_device_are_whole_tiles(vocab_size):
+    work = Workload(Operator.POLICY_LOSS, 1_000_000, vocab_size, 1024, torch.bfloat16)
+    rows = memory_plan(work, Backend.TRITON).chunk_rows
+    assert rows == 16 or (rows % 128 == 0 and 128 <= rows <= 4096)

@@ -163,6 +163,18 @@ def test_workspace_does_not_grow_with_the_tokens(case, rows):
     assert_planned(measure(case, many, live=512), many, None, least_share=0.75)
 
 
+def test_every_row_live():
+    """The same workspace for 2k, 8k and 32k tokens, all of them in the loss; V = 32,000."""
+    case, peaks = Case(Operator.POLICY_LOSS), []
+    for rows in (2048, 8192, 32_768):
+        work = case.workload(rows, VOCAB_SIZE, 4, torch.float32)
+        plan = memory_plan(work, Backend.REFERENCE)
+        peaks.append(peak(measure(case, work, live=rows)) - plan.gradient_bytes)
+        assert peaks[-1] <= plan.extra_bytes
+        assert peaks[-1] - plan.row_bytes <= plan.workspace_bytes
+    assert peaks[-1] - peaks[0] <= plan.row_bytes
+
+
 @pytest.mark.parametrize("case", [*ALL, *(ALL[4]._replace(beta=x) for x in (0.0, 1.0))], ids=str)
 def test_the_promise_for_the_cpu(case):
     """32,768 rows, and so few classes that a chunk has a thousand rows or more."""

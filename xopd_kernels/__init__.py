@@ -14,6 +14,7 @@ from xopd_kernels.records import (
     LinearLogprob,
     PolicyLoss,
     ReverseKLAdvantage,
+    Wanted,
 )
 
 __version__ = "0.1.0"
@@ -27,6 +28,7 @@ __all__ = [
     "Operator",
     "PolicyLoss",
     "ReverseKLAdvantage",
+    "Wanted",
     "Workload",
     "__version__",
     "linear_divergence",

@@ -74,7 +74,9 @@ def _resolve_auto(device: torch.device, dtype: torch.dtype) -> Backend:
     else:
         reason = unavailable_reason(Backend.TRITON, device, dtype)
     backend = Backend.TRITON if reason is None else Backend.REFERENCE
-    _LOGGER.info(
+    # On a GPU the reference is a surprise, and slow: a warning shows without any configuration.
+    _LOGGER.log(
+        logging.WARNING if device.type == "cuda" and reason is not None else logging.INFO,
         "backend auto -> %s for %s on %s%s",
         backend.name,
         dtype,

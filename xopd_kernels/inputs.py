@@ -13,6 +13,7 @@ from xopd_kernels.shard import local_shard
 from xopd_kernels.validation import (
     check_backend,
     check_budget,
+    check_group,
     check_head,
     check_target,
     check_tensors,
@@ -64,8 +65,10 @@ def prepare_head(
     prefix: str = "",
 ) -> HeadInputs:
     """Checked and flattened inputs of a head; raises TypeError or ValueError."""
-    main_grad = _main_grad(weight, prefix)
-    hidden, weight, bias, group_name = local_shard(hidden, weight, bias, vocab_group)
+    check_group(vocab_group)
+    given = weight
+    hidden, weight, bias, group_name = local_shard(hidden, weight, bias, vocab_group, prefix)
+    main_grad = _main_grad(given, weight, prefix)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, bias, transform, prefix)
     temperature, softcap, logit_scale = transform
@@ -132,11 +135,22 @@ def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wan
     return Wanted(hidden.requires_grad, weight.requires_grad, has_bias_gradient)
 
 
-def _main_grad(weight: Tensor, prefix: str) -> Tensor | None:
-    """The fp32 accumulator that a training framework keeps beside the weight, if it does."""
-    main_grad: Any = getattr(weight, "main_grad", None)
+def _main_grad(given: Tensor, weight: Tensor, prefix: str) -> Tensor | None:
+    """The fp32 accumulator that a training framework keeps beside the weight, if it does.
+
+    `weight` is what the operator reads of the weight `given`: itself, or this rank's shard.
+    """
+    main_grad: Any = getattr(given, "main_grad", None)
     if main_grad is None or not weight.requires_grad or not torch.is_grad_enabled():
         return None
+    if given._backward_hooks:
+        raise ValueError(
+            f"{prefix}weight has main_grad and gradient hooks; the hooks would see no gradient: "
+            "remove them or the attribute"
+        )
+    if weight is not given and isinstance(main_grad, type(given)):
+        shard: Any = main_grad  # both are DTensors
+        main_grad = shard.to_local()
     if torch.compiler.is_compiling():
         raise NotImplementedError(
             f"{prefix}weight has main_grad, which torch.compile cannot update inside a backward "
@@ -145,12 +159,16 @@ def _main_grad(weight: Tensor, prefix: str) -> Tensor | None:
     found = type(main_grad).__name__
     if isinstance(main_grad, Tensor):
         expected = (torch.float32, weight.shape, weight.device)
-        if (main_grad.dtype, main_grad.shape, main_grad.device) == expected:
+        is_plain = main_grad.is_contiguous() and weight.dtype != torch.float64
+        if (main_grad.dtype, main_grad.shape, main_grad.device) == expected and is_plain:
             return main_grad
-        found = f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}"
+        found = (
+            f"{main_grad.dtype} {list(main_grad.shape)} on {main_grad.device}, strides "
+            f"{main_grad.stride()}, for a weight of {weight.dtype}"
+        )
     raise ValueError(
-        f"{prefix}weight.main_grad must be float32 {list(weight.shape)} on {weight.device}, "
-        f"got {found}"
+        f"{prefix}weight.main_grad must be contiguous float32 {list(weight.shape)} on "
+        f"{weight.device}, beside a weight that is not fp64, got {found}"
     )
 
 

@@ -180,7 +180,7 @@ def _divergence_jobs(arch: int) -> Iterator[Job]:
         yield Job(name, arch, divergence_kernel, types, (kind, block), warps, 1, False)
         types = (f, "*bf16", "*i64", f, "*i32", *(f,) * 5, "i32", *sizes, *("fp32",) * 3)
         for has_tail, ids in ((False, 256), (True, 512)):
-            name = f"{label} top-k {ids}"
+            name = f"{label} top-k" + " with tail" * has_tail
             constants = (kind, has_tail, ids, block)
             yield Job(name, arch, topk_divergence_kernel, types, constants, warps, 1, False)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xopd_kernels.backend import Backend
 from xopd_kernels.records import Wanted
+from xopd_kernels.validation import check_budget
 
 MIB = 2**20
 DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
@@ -103,7 +104,13 @@ def memory_plan(
     """The plan of a call on `backend` (TRITON: on a CUDA device); ValueError as in the call.
 
     `memory_budget_bytes` bounds the workspace; None: 48 MiB (REFERENCE), 640 MB (TRITON), or
-    what 16 rows need if that is more.
+    what 16 rows need if that is more. The fp32 sum of a narrower d_weight, and the gradients, come
+    on top, see the fields.
+
+    Not counted, because they depend on how the inputs lie: a copy of hidden [N, D] whose leading
+    dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight without unit stride
+    (TRITON), casts under autocast, and a second set of gradients where the upstream gradient of a
+    divergence differs from token to token.
 
     Example:
         >>> import torch
@@ -112,6 +119,7 @@ def memory_plan(
         >>> memory_plan(work, Backend.TRITON).chunk_rows
         1024
     """
+    _check(work, backend, memory_budget_bytes)
     wanted, size = work.wanted, work.dtype.itemsize
     needs = _Needs.of(work, backend)
     budget = _budget(needs, memory_budget_bytes)
@@ -128,6 +136,38 @@ def memory_plan(
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(work.rows * work.dim * wanted.hidden + weight_elements) * size,
     )
+
+
+def _check(work: Workload, backend: Backend, budget: int | None) -> None:
+    """Raise TypeError or ValueError for a plan of a call that could not be made."""
+    kinds = (
+        ("operator", work.operator, Operator),
+        ("dtype", work.dtype, torch.dtype),
+        ("wanted", work.wanted, Wanted),
+        ("backend", backend, Backend),
+    )
+    for name, value, kind in kinds:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be a {kind.__name__}, got {value!r}")
+    check_budget(budget)
+    for name in ("rows", "vocab_size", "dim", "teacher_dim", "top_k"):
+        size, least = getattr(work, name), int(name in ("vocab_size", "dim"))
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            raise ValueError(f"{name} must be an int >= {least}, got {size!r}")
+    if not work.dtype.is_floating_point:
+        raise ValueError(f"dtype must be bf16, fp16, fp32 or fp64, got {work.dtype}")
+    if (work.operator is Operator.DIVERGENCE) != (work.teacher_dim > 0):
+        raise ValueError(
+            f"teacher_dim must be > 0 for DIVERGENCE and 0 for the others, got {work.teacher_dim} "
+            f"for {work.operator.name}"
+        )
+    if (work.operator is Operator.TOPK_DIVERGENCE) != (0 < work.top_k <= work.vocab_size):
+        raise ValueError(
+            f"top_k must lie in [1, V] for TOPK_DIVERGENCE and be 0 for the others, got "
+            f"{work.top_k} for {work.operator.name}"
+        )
+    if backend is Backend.NATIVE or (backend is Backend.TRITON and work.dtype == torch.float64):
+        raise ValueError(f"backend {backend.name} does not run {work.dtype} in this release")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class Transform(NamedTuple):
             return f"{prefix}softcap must be None or finite and > 0, got {self.softcap}"
         if not -math.inf < self.logit_scale < math.inf:
             return f"{prefix}logit_scale must be finite, got {self.logit_scale}"
+        if not -3e38 < self.logit_scale / self.temperature < 3e38:
+            return (
+                f"{prefix}logit_scale / temperature must fit float32, got {self.logit_scale} / "
+                f"{self.temperature}"
+            )
         return None
 
 

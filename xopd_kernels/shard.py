@@ -55,7 +55,11 @@ class VocabShard(NamedTuple):
 
 
 def local_shard(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, vocab_group: ProcessGroup | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    vocab_group: ProcessGroup | None,
+    prefix: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None, str]:
     """(hidden, weight, bias) as local tensors, and the name of the group that shards the classes.
 
@@ -80,29 +84,31 @@ def local_shard(
         return hidden, weight, bias, name
     if weight.device_mesh.ndim != 1 or weight.placements != (Shard(0),):
         raise ValueError(
-            "a DTensor weight must be sharded on dim 0 of a one-dimensional mesh, got placements "
-            f"{weight.placements} on a mesh of shape {tuple(weight.device_mesh.shape)}; "
-            "use weight.full_tensor(), or weight.to_local() with vocab_group"
+            f"a DTensor {prefix}weight must be sharded on dim 0 of a one-dimensional mesh, got "
+            f"placements {weight.placements} on a mesh of shape "
+            f"{tuple(weight.device_mesh.shape)}; use .to_local() of a replicated one and of "
+            "hidden, or .full_tensor()"
         )
     group = weight.device_mesh.get_group()
     _check_classes(weight, group)
     if isinstance(hidden, DTensor):
         if hidden.device_mesh != weight.device_mesh or hidden.placements != (Replicate(),):
             raise ValueError(
-                "hidden must be replicated on the mesh of weight, got placements "
+                f"{prefix}hidden must be replicated on the mesh of weight, got placements "
                 f"{hidden.placements} on {hidden.device_mesh}"
             )
         hidden = hidden.to_local(grad_placements=[Replicate()])
     elif name != str(group.group_name):
         raise ValueError(
-            "weight is a DTensor sharded over its vocabulary, hidden is a plain tensor: if hidden "
-            "is the same on all ranks (tensor parallel), pass "
-            "vocab_group=weight.device_mesh.get_group(); a parameter sharded by FSDP2 must be "
-            "unsharded first: call the operator inside the module's forward"
+            f"{prefix}weight is a DTensor sharded over its vocabulary, {prefix}hidden is a plain "
+            "tensor: if it is the same on all ranks (tensor parallel), pass "
+            "vocab_group=weight.device_mesh.get_group() to an operator that has it; a parameter "
+            "sharded by FSDP2 must be unsharded first: call the operator inside the module's "
+            "forward"
         )
     if isinstance(bias, DTensor):
         if bias.placements != (Shard(0),) or bias.device_mesh != weight.device_mesh:
-            raise ValueError(f"bias must be sharded as weight is, got {bias.placements}")
+            raise ValueError(f"{prefix}bias must be sharded as weight is, got {bias.placements}")
         bias = bias.to_local()
     return hidden, weight.to_local(), bias, str(group.group_name)
 

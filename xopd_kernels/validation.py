@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from xopd_kernels.backend import Backend, BackendChoice
 from xopd_kernels.records import Transform
@@ -24,6 +25,9 @@ def check_tensors(
     for name, value in (*required, *given):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+        if value.layout != torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise TypeError(f"{name} must be a dense tensor, got {kind}; use .to_dense() or pad it")
         device = value.device if device is None else device
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}, {required[0][0]} on {device}; move it")
@@ -45,7 +49,8 @@ def check_head(
         )
     if hidden.ndim < 2 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            f"{prefix}hidden must be [..., D] and {prefix}weight [V, D] with one D, got "
+            f"{prefix}hidden must be [N, D], or with more leading dimensions, and {prefix}weight "
+            f"[V, D] with one D, got "
             f"{prefix}hidden {list(hidden.shape)} and {prefix}weight {list(weight.shape)}"
         )
     if weight.shape[0] == 0 or weight.shape[1] == 0:
@@ -58,6 +63,10 @@ def check_head(
             )
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{prefix}bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    check_number("temperature", transform.temperature)
+    check_number(f"{prefix}logit_scale", transform.logit_scale)
+    if transform.softcap is not None:
+        check_number(f"{prefix}softcap", transform.softcap)
     problem = transform.problem(prefix)
     if problem is not None:
         raise ValueError(problem)
@@ -81,9 +90,39 @@ def check_budget(memory_budget_bytes: int | None) -> None:
         return
     if isinstance(budget, bool) or not isinstance(budget, int):
         kind = type(budget).__name__
-        raise TypeError(f"memory_budget_bytes must be None or an int, got {kind}: {budget!r}")
-    if budget <= 0:
-        raise ValueError(f"memory_budget_bytes must be > 0, got {budget}")
+        raise TypeError(
+            f"memory_budget_bytes must be None or an int of bytes, got {kind}: {budget!r}; "
+            "64 MB are 64_000_000"
+        )
+    if not 0 < budget < 2**62:
+        raise ValueError(f"memory_budget_bytes must be > 0 and < 2**62, got {budget}")
+
+
+def check_number(name: str, value: float) -> None:
+    """Raise TypeError unless `value` is a Python number."""
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | torch.SymFloat | torch.SymInt
+    ):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+
+
+def check_index(ignore_index: int) -> None:
+    """Raise unless ignore_index is an int64."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int | torch.SymInt):
+        kind = type(ignore_index).__name__
+        raise TypeError(f"ignore_index must be an int, got {kind}: {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {ignore_index}")
+
+
+def check_group(vocab_group: ProcessGroup | None) -> None:
+    """Raise TypeError unless vocab_group is a process group or None."""
+    if vocab_group is not None and not isinstance(vocab_group, ProcessGroup):
+        kind = type(vocab_group).__name__
+        raise TypeError(
+            f"vocab_group must be a torch.distributed.ProcessGroup or None, got {kind}: "
+            f"{vocab_group!r}"
+        )
 
 
 def check_per_token(named: Sequence[tuple[str, Tensor | None]], shape: torch.Size) -> None:
@@ -92,7 +131,7 @@ def check_per_token(named: Sequence[tuple[str, Tensor | None]], shape: torch.Siz
         if value is None:
             continue
         if not value.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {value.dtype}")
+            raise TypeError(f"{name} must be floating point, got {value.dtype}; use .float()")
         if value.shape != shape:
             raise ValueError(
                 f"{name} must have one value for each token, shape {list(shape)}, "
@@ -105,12 +144,15 @@ def check_backend(backend: BackendChoice) -> str:
     if isinstance(backend, Backend):
         return str(backend.value)
     if backend != "auto":
-        raise ValueError(f'backend must be a Backend or "auto", got {backend!r}')
+        raise ValueError(
+            f'backend must be a Backend (for example Backend.TRITON) or "auto", got {backend!r}'
+        )
     return backend
 
 
 def check_clamp(advantage_clamp: float) -> None:
     """Raise unless the bound of the advantage is > 0."""
+    check_number("advantage_clamp", advantage_clamp)
     if not advantage_clamp > 0:  # a NaN fails, too
         raise ValueError(
             f"advantage_clamp must be > 0, got {advantage_clamp}; use math.inf for no clamp"
@@ -119,6 +161,7 @@ def check_clamp(advantage_clamp: float) -> None:
 
 def check_beta(beta: float) -> None:
     """Raise unless beta names a divergence."""
+    check_number("beta", beta)
     if not 0.0 <= beta <= 1.0:
         raise ValueError(
             f"beta must lie in [0, 1], got {beta}; 0 = KL(teacher || student), "
@@ -141,8 +184,14 @@ def check_target_range(target: Tensor, vocab_size: int) -> None:
         )
 
 
-def check_ids(teacher_ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError if CPU ids [n, K] of live rows are no classes or repeat in a row."""
+_MAX_LOG_MASS = 0.02  # log-probs rounded to bf16 may hold a little more than 1
+
+
+def check_top_k(teacher_ids: Tensor, teacher_logprob: Tensor, vocab_size: int) -> None:
+    """Raise ValueError if CPU ids [n, K] of live rows are no classes or repeat in a row.
+
+    Or if their log-probs hold more mass than 1, as probabilities or negated log-probs do.
+    """
     if teacher_ids.device.type != "cpu" or teacher_ids.numel() == 0:
         return
     ordered = teacher_ids.sort(1).values
@@ -154,3 +203,9 @@ def check_ids(teacher_ids: Tensor, vocab_size: int) -> None:
         )
     if bool((ordered[:, 1:] == ordered[:, :-1]).any()):
         raise ValueError("teacher_ids must be distinct in a row, got a repeated id")
+    mass = teacher_logprob.double().logsumexp(1).max()
+    if mass > _MAX_LOG_MASS:
+        raise ValueError(
+            f"teacher_logprob must be log-probs of the whole distribution; a row's hold a mass of "
+            f"{mass.exp().item():.4g} > 1"
+        )

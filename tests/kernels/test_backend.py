@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def test_auto_on_the_cpu_is_the_reference():
-    assert resolve("auto", CPU, torch.float32, "") is Backend.REFERENCE
+    assert resolve("auto", CPU, torch.float32) is Backend.REFERENCE
 
 
 def test_reasons():
@@ -24,7 +24,7 @@ def test_reasons():
 
 def test_explicit_backend_raises_with_the_reason():
     with pytest.raises(BackendUnavailableError, match="backend NATIVE cannot run: the native"):
-        resolve("native", CPU, torch.float32, "")
+        resolve("native", CPU, torch.float32)
 
 
 def test_import_needs_torch_only():

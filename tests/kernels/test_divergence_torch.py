@@ -53,6 +53,35 @@ BOTH = pytest.mark.parametrize("call", [full, top_k])
 
 
 @BOTH
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_an_upstream_nan_of_an_ignored_token_stays_out(call, is_frozen):
+    """sqrt has an infinite slope at the 0 of an ignored token; infinite times 0 is NaN."""
+    (hidden, matrix, bias), teacher, weight = make_case()
+    if is_frozen:
+        matrix, bias = matrix.detach(), bias.detach()
+    leaves = [x for x in (hidden, matrix, bias) if x.requires_grad]
+    rows = call((hidden, matrix, bias), teacher, token_weight=weight, beta=0.5).sqrt()
+    grads = torch.autograd.grad(rows[weight != 0].sum(), leaves)
+    assert all(x.isfinite().all() for x in grads)
+    assert (grads[0][weight == 0] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "ids", [[3, 3], [3, 40], [-1, 3]], ids=["repeated", "beyond V", "negative"]
+)
+def test_wrong_ids_give_nan_where_nothing_may_raise(ids, monkeypatch):
+    """As on a CUDA device, whose values are not read: the row is NaN, the others are not."""
+    monkeypatch.setattr(topk_op.reference, "check_top_k", lambda *args: None)
+    (hidden, matrix, bias), teacher, _ = make_case()
+    top_ids, logprob = make_top_k(teacher)
+    top_ids = top_ids.clone()
+    top_ids[2, :2] = torch.tensor(ids)
+    out = linear_topk_divergence(hidden, matrix, top_ids, logprob, bias=bias).divergence
+    assert out[2].isnan()
+    assert out[torch.arange(N) != 2].isfinite().all()
+
+
+@BOTH
 def test_double_backward_raises(call):
     leaves, teacher, _ = make_case()
     (grad, *_) = torch.autograd.grad(call(leaves, teacher).sum(), leaves, create_graph=True)

@@ -207,6 +207,28 @@ def test_strided_weight_and_repeat_bitwise():
         assert all(torch.equal(a, b) for a, b in zip(run(weight), expected, strict=True))
 
 
+@pytest.mark.parametrize("chunk", [None, 24])
+@pytest.mark.parametrize("op", ["logprob", "policy"])
+def test_main_grad_takes_every_chunk_and_keeps_what_it_holds(op, chunk, monkeypatch):
+    set_chunk_rows(monkeypatch, chunk)
+    inputs = make_inputs(70, 90, 20, torch.bfloat16)
+    advantage = torch.linspace(-1.0, 1.0, 70)
+
+    def loss(x, **backend):
+        if op == "logprob":
+            return (linear_logprob(*x[:2], x.target, **backend).logprob * advantage).sum()
+        return 0.7 * linear_policy_loss(*x[:2], x.target, advantage=advantage, **backend).loss
+
+    exact = inputs.to(torch.float64)
+    (expected,) = torch.autograd.grad(loss(exact), exact.weight)
+    inputs.weight.main_grad = torch.full((90, 20), 3.0)
+    for _ in range(2):
+        loss(inputs, **TRITON).backward()
+    added = (inputs.weight.main_grad - 3.0).double() / 2
+    assert inputs.weight.grad is None
+    assert (added - expected).norm() < 4e-3 * expected.norm()  # bf16 d_logit
+
+
 def test_target_out_of_range_raises_on_the_cpu():
     inputs = make_inputs(3, 9, 4, torch.float32)
     with pytest.raises(ValueError, match=r"target must lie in \[0, 9\)"):

@@ -198,15 +198,29 @@ def test_a_step_without_live_rows_adds_nothing(loss_of):
         (torch.zeros(SHAPE[1:], dtype=torch.float64), r"got torch\.float64"),
         (torch.zeros(SHAPE[2:]), r"got torch\.float32 \[16\] on cpu"),
         (torch.zeros(SHAPE[1:], device="meta"), r"got torch\.float32 \[97, 16\] on meta"),
+        (torch.zeros(97, 32)[:, ::2], r"got torch\.float32 \[97, 16\] on cpu, strides \(32, 2\)"),
         ([0.0], "got list"),
     ],
 )
 def test_what_cannot_take_the_gradient_raises(loss_of, main_grad, found):
     inputs = make_inputs(*SHAPE, torch.bfloat16)
     inputs.weight.main_grad = main_grad
-    message = rf"weight\.main_grad must be float32 \[97, 16\] on cpu, {found}"
+    beside = "beside a weight that is not fp64"
+    message = rf"weight\.main_grad must be contiguous float32 \[97, 16\] on cpu, {beside}, {found}"
     with pytest.raises(ValueError, match=message):
         loss_of(inputs)
+
+
+@LOSSES
+def test_a_weight_with_hooks_raises(loss_of):
+    """A hook would be called with no gradient, after main_grad has it."""
+    inputs = with_main_grad(make_inputs(*SHAPE, torch.bfloat16))
+    handle = inputs.weight.register_hook(lambda grad: grad * 2)
+    with pytest.raises(ValueError, match="main_grad and gradient hooks"):
+        loss_of(inputs)
+    handle.remove()
+    loss_of(inputs).backward()
+    assert inputs.weight.main_grad.any()
 
 
 @LOSSES

@@ -52,7 +52,7 @@ class Case(NamedTuple):
             dim,
             dtype,
             teacher_dim=dim if self.operator is Operator.DIVERGENCE else 0,
-            top_k=TOP_K if self.operator is Operator.TOPK_DIVERGENCE else 0,
+            top_k=min(TOP_K, vocab_size) if self.operator is Operator.TOPK_DIVERGENCE else 0,
             has_softcap=self.softcap is not None,
             needs_entropy=self.needs_entropy,
         )
@@ -277,3 +277,32 @@ def test_chunks_on_a_device_are_whole_tiles(vocab_size):
     work = Workload(Operator.POLICY_LOSS, 1_000_000, vocab_size, 1024, torch.bfloat16)
     rows = memory_plan(work, Backend.TRITON).chunk_rows
     assert rows == 16 or (rows % 128 == 0 and 128 <= rows <= 4096)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"operator": "linear_logprob"}, r"operator must be a Operator, got 'linear_logprob'"),
+        ({"dtype": torch.int64}, r"dtype must be bf16, fp16, fp32 or fp64"),
+        ({"dtype": "bf16"}, r"dtype must be a dtype, got 'bf16'"),
+        ({"rows": -5}, r"rows must be an int >= 0, got -5"),
+        ({"rows": 5.5}, r"rows must be an int >= 0, got 5.5"),
+        ({"vocab_size": 0}, r"vocab_size must be an int >= 1, got 0"),
+        ({"wanted": (True, True, True)}, r"wanted must be a Wanted"),
+        ({"teacher_dim": 8}, r"teacher_dim must be > 0 for DIVERGENCE and 0 .* got 8 for LOGPROB"),
+        ({"operator": Operator.DIVERGENCE}, r"teacher_dim must be > 0 .* got 0 for DIVERGENCE"),
+        ({"operator": Operator.TOPK_DIVERGENCE, "top_k": 99}, r"top_k must lie in \[1, V\]"),
+        ({"backend": "triton"}, r"backend must be a Backend, got 'triton'"),
+        ({"backend": Backend.NATIVE}, r"backend NATIVE does not run"),
+        ({"backend": Backend.TRITON, "dtype": torch.float64}, r"TRITON does not run torch.float64"),
+        ({"budget": "64MB"}, r"memory_budget_bytes must be None or an int of bytes, got str"),
+        ({"budget": 6.4e7}, r"memory_budget_bytes must be None or an int of bytes, got float"),
+        ({"budget": 10**30}, r"memory_budget_bytes must be > 0 and < 2\*\*62"),
+    ],
+)
+def test_plans_of_calls_that_could_not_be_made_are_refused(changes, message):
+    backend = changes.pop("backend", Backend.REFERENCE)
+    budget = changes.pop("budget", None)
+    work = Workload(Operator.LOGPROB, 10, 20, 8, torch.float32)._replace(**changes)
+    with pytest.raises((TypeError, ValueError), match=message):
+        memory_plan(work, backend, budget)

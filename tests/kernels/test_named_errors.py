@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from xopd_kernels import linear_logprob, linear_policy_loss
+from xopd_kernels import (
+    linear_divergence,
+    linear_logprob,
+    linear_policy_loss,
+    linear_topk_divergence,
+)
 
 
 def logprob_arguments(**changes):
@@ -36,7 +41,7 @@ def logprob_arguments(**changes):
         ({"temperature": 0.0}, ValueError, r"temperature must be finite and > 0, got 0"),
         ({"softcap": -1.0}, ValueError, r"softcap must be"),
         ({"logit_scale": math.inf}, ValueError, r"logit_scale must be finite"),
-        ({"backend": "cuda"}, ValueError, r"backend must be a Backend or \"auto\", got 'cuda'"),
+        ({"backend": "cuda"}, ValueError, r"backend must be a Backend .* or \"auto\", got 'cuda'"),
     ],
 )
 def test_wrong_input_of_linear_logprob(changes, error, message):
@@ -76,3 +81,48 @@ def policy_loss_arguments(**changes):
 def test_wrong_input_of_linear_policy_loss(changes, error, message):
     with pytest.raises(error, match=message):
         linear_policy_loss(**policy_loss_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"temperature": "1"}, TypeError, r"temperature must be a number, got str: '1'"),
+        ({"temperature": torch.ones(5)}, TypeError, r"temperature must be a number, got Tensor"),
+        ({"temperature": 1e-320}, ValueError, r"logit_scale / temperature must fit float32"),
+        ({"softcap": (30, 50)}, TypeError, r"softcap must be a number, got tuple"),
+        ({"logit_scale": None}, TypeError, r"logit_scale must be a number, got NoneType"),
+        ({"ignore_index": None}, TypeError, r"ignore_index must be an int, got NoneType"),
+        ({"ignore_index": 2**70}, ValueError, r"ignore_index must fit 64 bits"),
+        ({"needs_entropy": "yes"}, TypeError, r"needs_entropy must be a bool, got 'yes'"),
+        ({"vocab_group": "world"}, TypeError, r"vocab_group must be .*, got str: 'world'"),
+        ({"memory_budget_bytes": "64MB"}, TypeError, r"int of bytes, got str: '64MB'; 64 MB are"),
+        ({"hidden": torch.zeros(3, 4).to_sparse()}, TypeError, r"hidden must be a dense tensor"),
+        ({"backend": "triton"}, ValueError, r"a Backend \(for example Backend.TRITON\)"),
+    ],
+)
+def test_wrong_kinds_of_argument_are_named(changes, error, message):
+    with pytest.raises(error, match=message):
+        linear_logprob(**logprob_arguments(**changes))
+
+
+@pytest.mark.parametrize("name", ["clip_low", "clip_high", "advantage_clamp"])
+@pytest.mark.parametrize("value", ["0.2", None, torch.ones(2)])
+def test_wrong_kinds_of_clip_are_named(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be a number"):
+        linear_policy_loss(**policy_loss_arguments(**{name: value}))
+
+
+def test_wrong_kinds_of_beta_are_named():
+    heads = (torch.zeros(3, 4), torch.zeros(5, 4))
+    with pytest.raises(TypeError, match="beta must be a number, got str"):
+        linear_divergence(*heads, *heads, beta="0.5")
+
+
+@pytest.mark.parametrize("wrong", ["probabilities", "negated", "zeros"])
+def test_a_teacher_of_more_mass_than_one_is_refused(wrong):
+    """The likeliest mistakes: probabilities, or a loss in place of log-probs."""
+    logprob = torch.tensor([[0.6, 0.3], [0.5, 0.4]]).log()
+    given = {"probabilities": logprob.exp(), "negated": -logprob, "zeros": torch.zeros(2, 2)}
+    ids = torch.tensor([[0, 1], [2, 3]])
+    with pytest.raises(ValueError, match=r"teacher_logprob must be log-probs .* > 1"):
+        linear_topk_divergence(torch.zeros(2, 4), torch.zeros(5, 4), ids, given[wrong])

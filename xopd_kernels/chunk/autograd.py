@@ -12,16 +12,27 @@ Triple = tuple[Tensor, Tensor, Tensor]
 Scale = Callable[[Tensor, Tensor, Tensor, Tensor], Triple]  # of (d_loss, hidden, weight, bias)
 
 
-def empty_gradients(
-    hidden: Tensor, weight: Tensor, wanted: Wanted, main_grad: Tensor | None = None
-) -> Triple:
+def empty_gradients(hidden: Tensor, weight: Tensor, wanted: Wanted) -> Triple:
     """Uninitialised contiguous gradients; [0] for each that is not wanted. For fakes."""
-    dtype = weight.dtype if main_grad is None else main_grad.dtype
     return (
         hidden.new_empty(hidden.shape if wanted.hidden else (0,)),
-        weight.new_empty(weight.shape if wanted.weight else (0,), dtype=dtype),
+        weight.new_empty(weight.shape if wanted.weight else (0,)),
         weight.new_empty(weight.shape[:1] if wanted.bias else (0,)),
     )
+
+
+def empty_held_gradients(
+    hidden: Tensor, weight: Tensor, wanted: Wanted, main_grad: Tensor | None
+) -> Triple:
+    """As `empty_gradients`, of those that wait for their upstream gradient: see Call.held_dtype.
+
+    Autograd rounds what the backward pass hands out to the dtype of its tensor.
+    """
+    held = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    d_hidden, d_weight, d_bias = (x.to(held) for x in empty_gradients(hidden, weight, wanted))
+    if main_grad is not None and wanted.weight:
+        d_weight = d_weight.to(torch.float32)
+    return d_hidden, d_weight, d_bias
 
 
 def scaled_gradients(

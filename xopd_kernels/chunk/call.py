@@ -38,6 +38,11 @@ class Call(NamedTuple):
         return self.work.arithmetic
 
     @property
+    def held_dtype(self) -> torch.dtype:
+        """Of gradients that wait for their upstream gradient: fp16 would underflow before it."""
+        return torch.float32 if self.work.dtype == torch.float16 else self.work.dtype
+
+    @property
     def wanted(self) -> Wanted:
         """The gradients that somebody reads."""
         return self.work.wanted

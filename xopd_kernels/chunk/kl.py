@@ -36,7 +36,7 @@ def mixture_ratio(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log p would lose the digits of small ratios.
     """
     p_is_larger = log_ratio <= 0
-    share = torch.where(p_is_larger, log_ratio.new_tensor(beta), log_ratio.new_tensor(1 - beta))
+    share = torch.where(p_is_larger, log_ratio.new_full((), beta), log_ratio.new_full((), 1 - beta))
     over_larger = log_ratio.abs().neg_().expm1_().mul_(share).log1p_()
     over_p = torch.where(p_is_larger, over_larger, over_larger + log_ratio)
     over_q = torch.where(p_is_larger, over_larger - log_ratio, over_larger)

@@ -208,12 +208,22 @@ class GradientSum(NamedTuple):
     weight: Tensor | None  # [V, D] accumulator
     bias: Tensor | None  # [V] accumulator
     main_grad: Tensor | None  # is `weight`, and holds what other calls have added
+    out_dtype: torch.dtype  # of the gradients that are handed out
 
     @classmethod
     def of(
-        cls, hidden: Tensor, logits: ChunkLogits, live: LiveRows, main_grad: Tensor | None = None
+        cls,
+        hidden: Tensor,
+        logits: ChunkLogits,
+        live: LiveRows,
+        main_grad: Tensor | None = None,
+        is_held: bool = True,
     ) -> "GradientSum":
-        """Buffers for what is wanted of `hidden` [N, D]; d_weight is added to `main_grad`."""
+        """Buffers for what is wanted of `hidden` [N, D]; d_weight is added to `main_grad`.
+
+        `is_held`: the gradients wait for their upstream gradient.
+        """
+        out_dtype = logits.call.held_dtype if is_held else hidden.dtype
         weight, dtype, wanted = logits.call.head.weight, logits.call.dtype, logits.call.wanted
         # new_*, not *_like: contiguous, as the fake kernels promise, whatever the inputs' strides.
         d_weight = main_grad
@@ -222,10 +232,11 @@ class GradientSum(NamedTuple):
         return cls(
             logits,
             live,
-            hidden.new_zeros(hidden.shape) if wanted.hidden else None,
+            hidden.new_zeros(hidden.shape, dtype=out_dtype) if wanted.hidden else None,
             d_weight if wanted.weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if wanted.bias else None,
             main_grad,
+            out_dtype,
         )
 
     def add(self, part: slice, hidden: Tensor, d_logit: Tensor, alive: Tensor | None) -> None:
@@ -254,18 +265,17 @@ class GradientSum(NamedTuple):
             self.bias.add_(d_logit.sum(0))
 
     def result(self, weight_dtype: torch.dtype | None = None) -> HeadGradient:
-        """The gradients, [0] where not wanted or in main_grad; d_weight in `weight_dtype`.
+        """The gradients, [0] where not wanted or in main_grad; d_weight in `weight_dtype`."""
+        dtype = self.out_dtype if weight_dtype is None else weight_dtype
 
-        None: each in the dtype of its tensor.
-        """
-        head = self.logits.call.head
-        dtype = head.weight.dtype if weight_dtype is None else weight_dtype
-        nothing = head.weight.new_empty
+        def nothing(dtype: torch.dtype) -> Tensor:
+            return self.logits.buffer.new_empty(0, dtype=dtype)
+
         weight = None if self.main_grad is not None else self.weight
         if weight is not None and self.live.live == 0:
             weight.zero_()  # no chunk has written it
         return HeadGradient(
-            nothing(0) if self.hidden is None else self.hidden,
-            nothing(0, dtype=dtype) if weight is None else weight.to(dtype),
-            nothing(0) if self.bias is None else self.bias.to(head.weight.dtype),
+            nothing(self.out_dtype) if self.hidden is None else self.hidden,
+            nothing(dtype) if weight is None else weight.to(dtype),
+            nothing(self.out_dtype) if self.bias is None else self.bias.to(self.out_dtype),
         )

@@ -29,21 +29,18 @@ class AheadOfTime(NamedTuple):
         """
         d_hidden, d_weight, d_bias = self.gradients
         if not (self.wanted.weight or self.wanted.bias):
-            return (
-                (d_hidden * upstream[:, None]).to(d_hidden.dtype),
-                d_weight.clone(),
-                d_bias.clone(),
-            )
+            scaled = d_hidden * self._live(upstream)[:, None]
+            return scaled.to(d_hidden.dtype), d_weight.clone(), d_bias.clone()
         factor = self._common_factor(upstream)
         if factor is None:
-            weight = upstream if self.token_weight is None else upstream * self.token_weight
-            return self.recompute(weight)
+            live = self._live(upstream)
+            return self.recompute(live if self.token_weight is None else live * self.token_weight)
         return d_hidden * factor, d_weight * factor, d_bias * factor
 
     def scaled_in_place(self, upstream: Tensor) -> Triple:
         """As `scaled`, over the gradients themselves: a copy of d_weight is gigabytes."""
         if not (self.wanted.weight or self.wanted.bias):
-            self.gradients[0].mul_(upstream[:, None])
+            self.gradients[0].mul_(self._live(upstream)[:, None])
             return self.gradients
         factor = self._common_factor(upstream)
         if factor is None:
@@ -52,6 +49,12 @@ class AheadOfTime(NamedTuple):
             for gradient in self.gradients:
                 gradient.mul_(factor)
         return self.gradients
+
+    def _live(self, upstream: Tensor) -> Tensor:
+        """`upstream` [N], 0 for ignored tokens: theirs may be NaN, and NaN * 0 is not 0."""
+        if self.token_weight is None:
+            return upstream
+        return torch.where(self.token_weight != 0, upstream, 0.0)
 
     def _common_factor(self, upstream: Tensor) -> Tensor | None:
         """The one value [] of `upstream` [N]; None if it has several, or if only a device knows.

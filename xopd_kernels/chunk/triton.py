@@ -203,6 +203,7 @@ class GradientSum(NamedTuple):
     total: Tensor | None  # [V, D] fp32 sum of the chunks; `weight` itself where that is fp32
     bias: Tensor | None  # [V] fp32
     main_grad: Tensor | None
+    out_dtype: torch.dtype  # of the gradients that are handed out
 
     @classmethod
     def of(
@@ -211,15 +212,18 @@ class GradientSum(NamedTuple):
         hidden: Tensor,
         main_grad: Tensor | None = None,
         keeps_fp32: bool = False,
+        is_held: bool = True,
     ) -> "GradientSum":
         """Buffers for what is wanted of `hidden` [N, D].
 
-        d_weight is added to `main_grad`, or handed out, in fp32 if `keeps_fp32`.
+        d_weight is added to `main_grad`, or handed out, in fp32 if `keeps_fp32`. `is_held`: the
+        gradients wait for their upstream gradient.
         """
+        out_dtype = pipeline.call.held_dtype if is_held else hidden.dtype
         weight, wanted, live = pipeline.weight, pipeline.call.wanted, pipeline.live
         out = total = None
         if wanted.weight:
-            dtype = torch.float32 if keeps_fp32 else weight.dtype
+            dtype = torch.float32 if keeps_fp32 else out_dtype
             out = (
                 main_grad if main_grad is not None else weight.new_empty(weight.shape, dtype=dtype)
             )
@@ -231,11 +235,12 @@ class GradientSum(NamedTuple):
                 total = weight.new_empty(weight.shape, dtype=torch.float32)
         return cls(
             pipeline,
-            hidden.new_zeros(hidden.shape) if wanted.hidden else None,
+            hidden.new_zeros(hidden.shape, dtype=out_dtype) if wanted.hidden else None,
             out,
             total,
             weight.new_zeros(len(weight), dtype=torch.float32) if wanted.bias else None,
             main_grad,
+            out_dtype,
         )
 
     def add(self, part: slice, hidden: Tensor, d_logit: Tensor, alive: Alive) -> None:
@@ -309,11 +314,10 @@ class GradientSum(NamedTuple):
 
     def result(self) -> HeadGradient:
         """The gradients in the dtypes of their tensors; [0] where not wanted or in main_grad."""
-        dtype = self.pipeline.weight.dtype
-        nothing = self.pipeline.weight.new_empty
-        is_kept = self.weight is not None and self.main_grad is None
+        nothing = self.pipeline.weight.new_empty(0, dtype=self.out_dtype)
+        weight = None if self.main_grad is not None else self.weight
         return HeadGradient(
-            nothing(0) if self.hidden is None else self.hidden,
-            self.weight if is_kept and self.weight is not None else nothing(0),
-            nothing(0) if self.bias is None else self.bias.to(dtype),
+            nothing.clone() if self.hidden is None else self.hidden,
+            nothing.clone() if weight is None else weight,
+            nothing if self.bias is None else self.bias.to(self.out_dtype),
         )

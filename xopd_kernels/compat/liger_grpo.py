@@ -223,14 +223,18 @@ class LigerFusedLinearGRPOLoss(nn.Module):
         if self.loss_type == "bnpo":
             return mask.sum().clamp(min=1)
         if self.max_completion_length is not None and self.loss_type == "dr_grpo":
-            return mask.new_tensor(batch * self.max_completion_length)
+            return mask.new_full((), batch * self.max_completion_length)
         is_group = distributed.is_available() and distributed.is_initialized()
         if num_items is None:
             count = mask.sum()
             if is_group:
                 distributed.all_reduce(count)
         else:
-            count = torch.as_tensor(num_items, dtype=mask.dtype, device=mask.device)
+            # new_full: a copy from the host would make it wait.
+            if isinstance(num_items, Tensor):
+                count = num_items.to(mask)
+            else:
+                count = mask.new_full((), num_items)
         ranks = distributed.get_world_size() if is_group else 1
         return (count / ranks).clamp(min=1)
 

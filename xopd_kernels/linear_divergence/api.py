@@ -46,8 +46,9 @@ def linear_divergence(
         teacher_hidden: [..., D_T], any of the dtypes (fp64 with fp64 alone).
         teacher_weight: [V_T, D_T], dtype of teacher_hidden. Classes beyond the smaller of V and
             V_T are sliced away: padding rows of a vocabulary hold no mass.
-        beta: in [0, 1]; 0 and 1 are the two KL divergences, not the limits of the formula, which
-            are 0.
+        beta: in [0, 1]; 0 is the forward KL, 1 (the default) the reverse KL: not the limits of the
+            formula between, which are 0. A class of probability 0 in q alone makes the reverse KL
+            inf and its gradient NaN.
         bias, teacher_bias: [V], [V_T].
         temperature: divides the logits of both.
         softcap, teacher_softcap, logit_scale, teacher_logit_scale: as in `linear_logprob`.
@@ -59,10 +60,12 @@ def linear_divergence(
         LinearDivergence(divergence, lse, teacher_lse), [...] fp32 (fp64 for fp64 inputs).
         Only `divergence` has a gradient: to hidden, weight and bias; the teacher is a constant.
 
-    Cost: 3U of the student and 1U of the teacher if the result is summed or, on a CPU, averaged:
-    the gradients of the sum are computed in the forward pass and scaled in the backward pass. Any
-    other upstream gradient is as exact, and computes the logits again (once more 3U + 1U); put
-    per-token factors into token_weight. Without a trained weight that never happens: 2U + 1U.
+    Cost: 3U of the student and 1U of the teacher if the result is summed or, on a CPU, averaged
+    (U = 2 N V D): the gradients of the sum are computed in the forward pass, held, and scaled in
+    the backward pass. An upstream gradient that differs from token to token computes the logits
+    again (once more 3U + 1U): put mask, 1/n and factors into token_weight, and call sum(). Without
+    a trained weight that never happens: 2U + 1U. bf16 gradients are rounded in the forward pass,
+    and once more if the upstream gradient is no power of two; fp16 ones wait in fp32.
 
     Numerics: fp32 logits; every class adds a term >= 0 to D, so that nothing cancels where p is
     close to q; fp32 accumulation of d_weight; bitwise repeatable.

@@ -12,6 +12,7 @@ from xopd_kernels.inputs import (
 )
 from xopd_kernels.linear_logprob.op import linear_logprob_op
 from xopd_kernels.records import LinearLogprob, Transform
+from xopd_kernels.validation import check_index
 
 
 def linear_logprob(
@@ -38,7 +39,8 @@ def linear_logprob(
         hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
         weight: [V, D], dtype of hidden; with `vocab_group` this rank's shard of the rows. Where it
             has an fp32 attribute ``main_grad`` [V, D], its gradient is added there, unrounded, and
-            ``weight.grad`` stays as it is.
+            ``weight.grad`` stays as it is. Every backward pass through the result adds to it, also
+            one that asks for other gradients only.
         target: [...] int64 classes, already shifted; `ignore_index` marks ignored tokens.
         bias: [V], dtype of weight.
         temperature: divides the logits, after `softcap`.
@@ -50,8 +52,9 @@ def linear_logprob(
         vocab_group: ranks that hold contiguous row shards of one weight, in rank order. hidden
             and target must be equal on all of them; d_hidden is summed over them. A DTensor
             weight sharded on dim 0 brings its group along if hidden is a replicated DTensor.
-        memory_budget_bytes: bound of the workspace, see `memory_plan`; None: 48 MiB on a CPU,
-            640 MB on a CUDA device. More rows at a time, same result within rounding.
+        memory_budget_bytes: bound of the workspace (not of the gradients and of the fp32 sum of
+            d_weight), see `memory_plan`; None: 48 MiB on a CPU, 640 MB on a CUDA device. It decides
+            how many rows are computed at a time; the least one that is accepted is slow.
         backend: a Backend, which runs or raises, or "auto".
 
     Returns:
@@ -78,8 +81,11 @@ def linear_logprob(
     """
     tensors = [("hidden", hidden), ("weight", weight), ("target", target)]
     backend_name = prepare_options(tensors, [("bias", bias)], memory_budget_bytes, backend)
+    check_index(ignore_index)
     transform = Transform(temperature, softcap, logit_scale)
     x = prepare_head(hidden, weight, bias, transform, vocab_group)
+    if not isinstance(needs_entropy, bool):
+        raise TypeError(f"needs_entropy must be a bool, got {needs_entropy!r}")
     logprob, lse, entropy = linear_logprob_op(
         *x[:3],
         prepare_target(target, hidden),

@@ -14,7 +14,7 @@ from xopd_kernels.inputs import (
 )
 from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op
 from xopd_kernels.records import PolicyLoss, Transform
-from xopd_kernels.validation import check_clamp, check_per_token
+from xopd_kernels.validation import check_clamp, check_index, check_number, check_per_token
 
 
 def linear_policy_loss(
@@ -69,9 +69,9 @@ def linear_policy_loss(
         tokens give 0 (False) in every field, and are taken out before the first GEMM.
 
     A < 0 with a ratio that overflows gives a loss of inf, as dense PPO does: the minimum does not
-    clip there. Gradients are rounded to the dtype of their tensors in the forward pass, before
-    the upstream gradient multiplies them: in fp16 put the loss scale into `token_weight`, because
-    a GradScaler on the loss cannot bring back what underflowed.
+    clip there. Gradients are computed in the forward pass. bf16 ones are rounded there, and once
+    more if the upstream gradient is no power of two: put factors into `token_weight`. fp16 ones
+    wait in fp32, so that the factor of a GradScaler comes before they could underflow.
 
     Cost: 3U with gradients, 2U with a frozen weight or a frozen hidden, 1U without gradients
     (U = 2 N V D). d_hidden and d_weight are held from forward to backward in the dtypes of their
@@ -106,6 +106,7 @@ def linear_policy_loss(
     tensors = [("hidden", hidden), ("weight", weight), ("target", target)]
     optional = [("bias", bias), *per_token]
     backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
+    check_index(ignore_index)
     transform = Transform(temperature, softcap, logit_scale)
     x = prepare_head(hidden, weight, bias, transform, vocab_group)
     flat_target = prepare_target(target, hidden)
@@ -138,6 +139,7 @@ def _check_scalars(
     clip_low: float, clip_high: float, advantage_clamp: float, gradient: str
 ) -> None:
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
+        check_number(name, value)
         if not value >= 0:  # a NaN fails, too
             raise ValueError(f"{name} must be >= 0, got {value}")
     check_clamp(advantage_clamp)

@@ -12,7 +12,7 @@ from torch import Tensor
 from xopd_kernels.backend import Backend, resolve
 from xopd_kernels.chunk.autograd import (
     Triple,
-    empty_gradients,
+    empty_held_gradients,
     raise_double_backward,
     scaled_gradients,
 )
@@ -107,7 +107,9 @@ def _(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=torch.bool),
-        *empty_gradients(hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias), main_grad),
+        *empty_held_gradients(
+            hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias), main_grad
+        ),
     )
 
 

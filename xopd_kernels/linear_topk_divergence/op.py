@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend, resolve
-from xopd_kernels.chunk.autograd import Triple, empty_gradients, raise_double_backward
+from xopd_kernels.chunk.autograd import Triple, empty_held_gradients, raise_double_backward
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.rows import AheadOfTime, row_gradients
 from xopd_kernels.linear_topk_divergence import reference
@@ -116,7 +116,7 @@ def _(
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     divergence, lse, teacher_lse = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    gradients = empty_gradients(hidden, weight, wanted, main_grad)
+    gradients = empty_held_gradients(hidden, weight, wanted, main_grad)
     return divergence, lse, teacher_lse, *gradients
 
 

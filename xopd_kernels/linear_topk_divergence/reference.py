@@ -7,7 +7,7 @@ from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.kl import row_divergence
 from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
 from xopd_kernels.records import TAIL_FLOOR, HeadGradient, LinearDivergence, TopK
-from xopd_kernels.validation import check_ids
+from xopd_kernels.validation import check_top_k
 
 
 def forward(
@@ -23,8 +23,9 @@ def forward(
     weight = hidden.new_ones(rows, dtype=call.dtype) if token_weight is None else token_weight
     live = LiveRows.of(weight != 0)
     weight = live.take(weight).to(call.dtype)
+    classes = len(call.head.weight)
     for part in live.parts(call.step):  # a chunk at a time: sorting takes 16 bytes an id
-        check_ids(live.chunk(teacher.ids, part), len(call.head.weight))
+        check_top_k(live.chunk(teacher.ids, part), live.chunk(teacher.logprob, part), classes)
     student = ChunkLogits.of(call, live)
     gradient = GradientSum.of(hidden, student, live)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
@@ -32,12 +33,21 @@ def forward(
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         log_q = live.chunk(teacher.logprob, part).to(call.dtype)
         z = student.fill(chunk_hidden)
-        chunk = TopK(live.chunk(teacher.ids, part), log_q, teacher.has_tail)
-        _fill_rows(z, chunk, weight[part], beta, out[:, part])
+        ids, is_wrong = _usable_ids(live.chunk(teacher.ids, part), z.shape[1])
+        chunk_weight = weight[part].where(~is_wrong, torch.nan)
+        _fill_rows(z, TopK(ids, log_q, teacher.has_tail), chunk_weight, beta, out[:, part])
         if call.work.has_gradient:
             gradient.add(part, chunk_hidden, z, None)
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     return result, gradient.result(call.dtype if keeps_fp32 else None)
+
+
+def _usable_ids(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """(ids that can be read, [rows] bool of those that are wrong): NaN where nothing may raise."""
+    ordered = ids.sort(1).values
+    is_wrong = (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    is_wrong |= (ordered[:, 0] < 0) | (ordered[:, -1] >= vocab_size)
+    return ids.clamp(0, vocab_size - 1), is_wrong
 
 
 def _fill_rows(z: Tensor, teacher: TopK, weight: Tensor, beta: float, out: Tensor) -> None:

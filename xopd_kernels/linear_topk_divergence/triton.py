@@ -15,7 +15,7 @@ from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum, narrow_view
 from xopd_kernels.records import HeadGradient, LinearDivergence, TopK
 from xopd_kernels.target import device_guard
 from xopd_kernels.tile.divergence import kind_of, topk_divergence_kernel
-from xopd_kernels.validation import check_ids
+from xopd_kernels.validation import check_top_k
 
 MAX_TOP_K = 256  # a row's ids and their tail lie in the registers of one program
 
@@ -89,4 +89,4 @@ def _check_teacher(teacher: TopK, weight: Tensor, vocab_size: int) -> None:
             "pass fewer, or use Backend.REFERENCE"
         )
     if not weight.is_cuda:
-        check_ids(teacher.ids[weight != 0], vocab_size)
+        check_top_k(teacher.ids[weight != 0], teacher.logprob[weight != 0], vocab_size)

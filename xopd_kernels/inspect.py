@@ -99,22 +99,7 @@ def jobs(arch: int) -> Iterator[Job]:
                 tile.stages,
                 is_fast,
             )
-        gradient = "*fp32" if dtype == torch.float16 else p  # as in GradientSum.add
-        for stage, base, c in ((Stage.D_HIDDEN, None, p), (Stage.D_WEIGHT, "*fp32", "*fp32")):
-            is_weight = stage is Stage.D_WEIGHT
-            tile = config.select(stage, dtype, arch)
-            # Row indices are on: rows without a gradient are left out.
-            pointers = (gradient, p, base, c, "*i64", None if is_weight else "*i64", "*i32")
-            yield Job(
-                f"{stage.value} {name}",
-                arch,
-                matmul_kernel,
-                (*pointers, *_matmul_scalars(is_weight)),
-                (is_weight, is_weight, tile.rows, tile.columns, tile.inner, tile.group),
-                tile.warps,
-                tile.stages,
-                is_fast,
-            )
+        yield from _gradient_gemm_jobs(arch, dtype)
     yield from _persistent_jobs(arch)
     yield from _row_jobs(arch)
 
@@ -143,6 +128,39 @@ def _persistent_jobs(arch: int) -> Iterator[Job]:
                 tile.stages,
                 has_dot=True,
             )
+
+
+def _gradient_gemm_jobs(arch: int, dtype: torch.dtype) -> Iterator[Job]:
+    """The GEMMs for d_hidden and d_weight, into every kind of result that GradientSum has."""
+    f, name = "*fp32", _NAMES[dtype]
+    p = f"*{name}"
+    gradient = f if dtype == torch.float16 else p  # as narrow_view
+    results: list[tuple[str, Stage, str | None, str, bool]] = [
+        ("d_hidden", Stage.D_HIDDEN, None, p, False),
+        ("d_weight", Stage.D_WEIGHT, f, f, True),
+        ("d_weight first", Stage.D_WEIGHT, None, f, False),
+    ]
+    if dtype != torch.float32:
+        results += [
+            ("d_hidden held", Stage.D_HIDDEN, None, f, False),
+            ("d_weight only", Stage.D_WEIGHT, None, p, False),
+            ("d_weight last", Stage.D_WEIGHT, f, p, False),
+        ]
+    for label, stage, base, c, in_place in results:
+        is_weight = stage is Stage.D_WEIGHT
+        tile = config.select(stage, dtype, arch)
+        # Row indices are on: rows without a gradient are left out.
+        pointers = (gradient, p, base, c, "*i64", None if is_weight else "*i64", "*i32")
+        yield Job(
+            f"{label} {name}",
+            arch,
+            matmul_kernel,
+            (*pointers, *_matmul_scalars(is_weight)),
+            (is_weight, in_place, tile.rows, tile.columns, tile.inner, tile.group),
+            tile.warps,
+            tile.stages,
+            dtype != torch.float32,
+        )
 
 
 def _matmul_scalars(is_weight: bool) -> tuple[str, ...]:

@@ -135,6 +135,26 @@ def wanted_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Wan
     return Wanted(hidden.requires_grad, weight.requires_grad, has_bias_gradient)
 
 
+def main_grad_to_add_ahead(head: HeadInputs, main_grad_ahead: bool) -> Tensor | None:
+    """The main_grad that the forward pass adds d_weight to; raises where it must not or cannot."""
+    if not isinstance(main_grad_ahead, bool):
+        raise TypeError(f"main_grad_ahead must be a bool, got {type(main_grad_ahead).__name__}")
+    if not main_grad_ahead or not head.weight.requires_grad or not torch.is_grad_enabled():
+        return None
+    if head.main_grad is None:
+        raise ValueError(
+            "main_grad_ahead=True needs weight.main_grad, a contiguous float32 tensor of the shape "
+            "of weight: set it, or leave main_grad_ahead out"
+        )
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        raise NotImplementedError(
+            "main_grad_ahead=True under saved-tensor hooks (torch.utils.checkpoint, save_on_cpu): "
+            "a forward pass that runs again would add d_weight to main_grad twice; take the "
+            "operator out of the checkpointed part, or leave main_grad_ahead out"
+        )
+    return head.main_grad
+
+
 def _main_grad(given: Tensor, weight: Tensor, prefix: str) -> Tensor | None:
     """The fp32 accumulator that a training framework keeps beside the weight, if it does.
 

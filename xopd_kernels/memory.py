@@ -51,6 +51,7 @@ class Workload(NamedTuple):
     top_k: int = 0  # TOPK_DIVERGENCE: K
     has_softcap: bool = False
     needs_entropy: bool = False
+    adds_to_main_grad: bool = False  # LOGPROB with an fp32 main_grad; others: main_grad_ahead
 
     @classmethod
     def of(cls, operator: Operator, hidden: Tensor, weight: Tensor, wanted: Wanted) -> "Workload":
@@ -124,7 +125,8 @@ def memory_plan(
     needs = _Needs.of(work, backend)
     budget = _budget(needs, memory_budget_bytes)
     chunk = _fitting_rows(work, needs, budget)
-    weight_elements = work.vocab_size * (wanted.weight * work.dim + wanted.bias)
+    has_d_weight = wanted.weight and not work.adds_to_main_grad
+    weight_elements = work.vocab_size * (has_d_weight * work.dim + wanted.bias)
     is_rounded = work.arithmetic != work.dtype
     return MemoryPlan(
         chunk_rows=chunk,

@@ -96,12 +96,17 @@ def test_no_host_synchronisation():
     inputs, terms = make_case(torch.bfloat16)
     run_policy_loss(inputs, terms)  # compiles
     run_logprob(inputs)
+    main_grad = torch.zeros(SHAPE[1:], device="cuda")
     torch.cuda.set_sync_debug_mode("error")
     try:
         run_policy_loss(inputs, terms)
         run_logprob(inputs)
+        inputs.weight.main_grad = main_grad
+        options = {"advantage": terms.teacher_logprob, "main_grad_ahead": True, **TRITON}
+        linear_policy_loss(*inputs[:2], inputs.target, **options).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert main_grad.any()
 
 
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.TRITON])

@@ -208,7 +208,7 @@ def test_strided_weight_and_repeat_bitwise():
 
 
 @pytest.mark.parametrize("chunk", [None, 24])
-@pytest.mark.parametrize("op", ["logprob", "policy"])
+@pytest.mark.parametrize("op", ["logprob", "policy", "policy ahead"])
 def test_main_grad_takes_every_chunk_and_keeps_what_it_holds(op, chunk, monkeypatch):
     set_chunk_rows(monkeypatch, chunk)
     inputs = make_inputs(70, 90, 20, torch.bfloat16)
@@ -217,6 +217,9 @@ def test_main_grad_takes_every_chunk_and_keeps_what_it_holds(op, chunk, monkeypa
     def loss(x, **backend):
         if op == "logprob":
             return (linear_logprob(*x[:2], x.target, **backend).logprob * advantage).sum()
+        if op == "policy ahead" and backend:
+            options = {"token_weight": torch.full((70,), 0.7), "main_grad_ahead": True, **backend}
+            return linear_policy_loss(*x[:2], x.target, advantage=advantage, **options).loss
         return 0.7 * linear_policy_loss(*x[:2], x.target, advantage=advantage, **backend).loss
 
     exact = inputs.to(torch.float64)

@@ -318,8 +318,8 @@ def test_double_backward_raises():
 def test_opcheck():
     x, terms = make_case((6, 9, 5), torch.float32)
     per_token = (terms.teacher_logprob, None, terms.old_logprob, terms.token_weight)
-    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, None, "reference")
-    args = (x.hidden, x.weight, x.bias, x.target, None, *per_token, *scalars)
+    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, None, "reference", True, True, True)
+    args = (x.hidden, x.weight, x.bias, x.target, *per_token, None, *scalars)
     torch.library.opcheck(linear_policy_loss_op, args)
 
 
@@ -328,8 +328,8 @@ def test_gradients_of_strided_inputs_are_what_the_fake_promises(which):
     x, terms = make_case((6, 9, 5), torch.float32)
     strided = getattr(x, which).detach().t().contiguous().t().requires_grad_()
     x = x._replace(**{which: strided, "target": x.target.clamp(min=0)})  # all rows live
-    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, True, True, True, None, "reference")
-    args = (*x, None, terms.teacher_logprob, None, None, None, *scalars)
+    scalars = (0.2, 0.2, 10.0, 0.9, 5.0, 1.0, "", -100, None, "reference", True, True, True)
+    args = (*x, terms.teacher_logprob, None, None, None, None, *scalars)
     torch.library.opcheck(linear_policy_loss_op, args)
 
 

@@ -6,9 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xopd_kernels.records import Wanted
+from xopd_kernels.records import GradientSink, HeadGradient, Wanted
 
 Triple = tuple[Tensor, Tensor, Tensor]
+Tensors = tuple[Tensor | None, ...]  # hidden, weight, bias, what an operator adds, token_weight
+# (tensors, scalars of the schema, wanted, sink) -> results, of which the first has the gradients.
+Run = Callable[[Tensors, tuple[Any, ...], Wanted, GradientSink], tuple[Any, HeadGradient]]
 Scale = Callable[[Tensor, Tensor, Tensor, Tensor], Triple]  # of (d_loss, hidden, weight, bias)
 
 
@@ -30,18 +33,12 @@ def empty_held_gradients(
     """
     held = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
     d_hidden, d_weight, d_bias = (x.to(held) for x in empty_gradients(hidden, weight, wanted))
-    if main_grad is not None and wanted.weight:
-        d_weight = d_weight.to(torch.float32)
-    return d_hidden, d_weight, d_bias
+    return d_hidden, d_weight if main_grad is None else d_weight.to(torch.float32), d_bias
 
 
 def scaled_gradients(
-    d_loss: Tensor,
-    gradients: tuple[Tensor, ...],
-    wanted: Wanted,
-    main_grad: Tensor | None,
-    scale: Scale,
-) -> list[Tensor | None]:
+    d_loss: Tensor, gradients: tuple[Tensor, ...], scale: Scale
+) -> tuple[Tensor, ...]:
     """`gradients` (hidden, weight, bias) times the upstream gradient of a scalar loss.
 
     Whoever keeps the graph (retain_graph) or traces gets copies from `scale`, an operator without
@@ -50,21 +47,91 @@ def scaled_gradients(
     keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
     if type(d_loss) is not Tensor or keeps_graph or torch.is_grad_enabled():
         d_hidden, d_weight, d_bias = gradients
-        scaled: tuple[Tensor, ...] = scale(d_loss, d_hidden, d_weight, d_bias)
-    else:
-        scaled = gradients
-        # On a CPU the factor can be read; elsewhere that would stall the host.
-        if d_loss.device.type != "cpu" or d_loss.item() != 1.0:
-            for gradient in gradients:
-                gradient.mul_(d_loss)
+        return scale(d_loss, d_hidden, d_weight, d_bias)
+    # On a CPU the factor can be read; elsewhere that would stall the host.
+    if d_loss.device.type != "cpu" or d_loss.item() != 1.0:
+        for gradient in gradients:
+            gradient.mul_(d_loss)
+    return gradients
+
+
+def read_gradients(
+    gradients: tuple[Tensor, ...], wanted: Wanted, main_grad: Tensor | None
+) -> list[Tensor | None]:
+    """What a backward pass hands out: None where not wanted, or added to `main_grad`."""
     read: list[Tensor | None] = [
-        grad if is_wanted else None for grad, is_wanted in zip(scaled, wanted, strict=True)
+        grad if is_wanted else None for grad, is_wanted in zip(gradients, wanted, strict=True)
     ]
     if main_grad is not None and wanted.weight:
         refuse_graph_of_main_grad()
-        main_grad.add_(scaled[1])
+        main_grad.add_(gradients[1])
         read[1] = None
     return read
+
+
+def compute_ahead(
+    run: Run, tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, main_grad: Tensor
+) -> Any:
+    """The results of `run`, which adds d_weight to `main_grad` in the forward pass.
+
+    No torch.library operator: one that writes to an argument cannot have an autograd formula.
+    """
+
+    def forward() -> tuple[tuple[Tensor, ...], HeadGradient]:
+        return run(tensors, scalars, wanted, GradientSink(main_grad))
+
+    return _AddedAhead.apply(*tensors[:3], tensors[-1], forward)  # type: ignore[no-untyped-call]
+
+
+class _AddedAhead(torch.autograd.Function):
+    """Checks in the backward pass what its caller has promised: one pass, upstream gradients 1."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        token_weight: Tensor | None,
+        run: Callable[[], tuple[tuple[Tensor, ...], HeadGradient]],
+    ) -> tuple[Tensor, ...]:
+        result, gradient = run()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*result[1:])
+        ctx.save_for_backward(token_weight, *gradient)
+        ctx.is_spent = False
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None, *unread: None) -> tuple[Tensor | None, ...]:
+        refuse_graph_of_main_grad()
+        if upstream is None:
+            return (None,) * 5
+        if ctx.is_spent:
+            raise RuntimeError(
+                "main_grad_ahead=True takes one backward pass, this is the second: d_weight was "
+                "added to main_grad once, in the forward pass"
+            )
+        ctx.is_spent = True
+        token_weight, *gradient = ctx.saved_tensors
+        if token_weight is not None and upstream.ndim > 0:
+            upstream = torch.where(token_weight != 0, upstream, 1.0)
+        _check_is_one(upstream)
+        wanted = Wanted(*ctx.needs_input_grad[:3])._replace(weight=False)
+        return (*read_gradients(tuple(gradient), wanted, None), None, None)
+
+
+def _check_is_one(upstream: Tensor) -> None:
+    """Raise unless all upstream gradients are 1; on a device an assertion that does not wait."""
+    message = (
+        "main_grad_ahead=True takes upstream gradients of 1, as d_weight was added to main_grad "
+        "before they were known: put factors into token_weight, and sum"
+    )
+    is_one = (upstream == 1).all()
+    if not is_one.is_cpu:
+        torch._assert_async(is_one, message)
+    elif not is_one:
+        raise RuntimeError(message)
 
 
 def refuse_graph_of_main_grad() -> None:

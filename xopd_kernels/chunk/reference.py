@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.records import HeadGradient
+from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.shard import VocabShard
 from xopd_kernels.validation import check_target_range
 
@@ -207,7 +207,7 @@ class GradientSum(NamedTuple):
     hidden: Tensor | None  # [N, D] in the dtype of hidden: each row is written once
     weight: Tensor | None  # [V, D] accumulator
     bias: Tensor | None  # [V] accumulator
-    main_grad: Tensor | None  # is `weight`, and holds what other calls have added
+    sink: GradientSink  # its main_grad is `weight`, and holds what other calls have added
     out_dtype: torch.dtype  # of the gradients that are handed out
 
     @classmethod
@@ -216,18 +216,14 @@ class GradientSum(NamedTuple):
         hidden: Tensor,
         logits: ChunkLogits,
         live: LiveRows,
-        main_grad: Tensor | None = None,
-        is_held: bool = True,
+        sink: GradientSink,
     ) -> "GradientSum":
-        """Buffers for what is wanted of `hidden` [N, D]; d_weight is added to `main_grad`.
-
-        `is_held`: the gradients wait for their upstream gradient.
-        """
-        out_dtype = logits.call.held_dtype if is_held else hidden.dtype
+        """Buffers for what is wanted of `hidden` [N, D]."""
+        out_dtype = logits.call.held_dtype if sink.is_held else hidden.dtype
         weight, dtype, wanted = logits.call.head.weight, logits.call.dtype, logits.call.wanted
         # new_*, not *_like: contiguous, as the fake kernels promise, whatever the inputs' strides.
-        d_weight = main_grad
-        if wanted.weight and main_grad is None:
+        d_weight = sink.main_grad
+        if wanted.weight and d_weight is None:
             d_weight = weight.new_empty(weight.shape, dtype=dtype)
         return cls(
             logits,
@@ -235,7 +231,7 @@ class GradientSum(NamedTuple):
             hidden.new_zeros(hidden.shape, dtype=out_dtype) if wanted.hidden else None,
             d_weight if wanted.weight else None,
             weight.new_zeros(len(weight), dtype=dtype) if wanted.bias else None,
-            main_grad,
+            sink,
             out_dtype,
         )
 
@@ -257,21 +253,21 @@ class GradientSum(NamedTuple):
                 d_hidden.addmm_(d_logit[:, classes], tile)
             rows = self.live.rows(part, alive)
             self.hidden[rows] = logits.call.shard.sum_(d_hidden).to(self.hidden.dtype)
-        if self.weight is not None and part.start == 0 and self.main_grad is None:
+        if self.weight is not None and part.start == 0 and self.sink.main_grad is None:
             torch.mm(d_logit.t(), hidden, out=self.weight)  # spares filling it with zeros
         elif self.weight is not None:
             self.weight.addmm_(d_logit.t(), hidden)
         if self.bias is not None:
             self.bias.add_(d_logit.sum(0))
 
-    def result(self, weight_dtype: torch.dtype | None = None) -> HeadGradient:
-        """The gradients, [0] where not wanted or in main_grad; d_weight in `weight_dtype`."""
-        dtype = self.out_dtype if weight_dtype is None else weight_dtype
+    def result(self) -> HeadGradient:
+        """The gradients, [0] where not wanted or in main_grad."""
+        dtype = self.logits.call.dtype if self.sink.keeps_fp32 else self.out_dtype
 
         def nothing(dtype: torch.dtype) -> Tensor:
             return self.logits.buffer.new_empty(0, dtype=dtype)
 
-        weight = None if self.main_grad is not None else self.weight
+        weight = None if self.sink.main_grad is not None else self.weight
         if weight is not None and self.live.live == 0:
             weight.zero_()  # no chunk has written it
         return HeadGradient(

@@ -1,14 +1,22 @@
 """Autograd of operators whose result is a loss for each token, with gradients computed ahead."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xopd_kernels.chunk.autograd import Triple, refuse_graph_of_main_grad
-from xopd_kernels.records import Wanted
+from xopd_kernels.chunk.autograd import (
+    Run,
+    Tensors,
+    Triple,
+    empty_held_gradients,
+    raise_double_backward,
+    read_gradients,
+)
+from xopd_kernels.records import GradientSink, Wanted
 
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Recompute = Callable[[Tensor], Triple]  # token_weight [N] -> gradients of the weighted sum
 
 
@@ -74,27 +82,80 @@ class AheadOfTime(NamedTuple):
         return live[0] if bool((live == live[0]).all()) else None
 
 
-def row_gradients(
-    upstream: Tensor,
-    ahead: AheadOfTime,
-    main_grad: Tensor | None,
-    traced: Callable[[], Triple],
-) -> list[Tensor | None]:
-    """What backward hands out: None where not wanted, or added to `main_grad`.
+class RowOperator(NamedTuple):
+    """What the torch.library operators of a per-token loss share.
 
-    `traced` is the backward operator: whoever traces must not see how the values decide.
+    Their schemas are (tensors, main_grad, scalars, wanted) and, of the backward one,
+    (upstream, gradients, tensors, scalars, wanted).
     """
-    keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
-    if type(upstream) is not Tensor or torch.is_grad_enabled():
-        gradients = traced()
-    elif keeps_graph:
-        gradients = ahead.scaled(upstream)
-    else:
-        gradients = ahead.scaled_in_place(upstream)
-    pairs = zip(gradients, ahead.wanted, strict=True)
-    read: list[Tensor | None] = [grad if is_wanted else None for grad, is_wanted in pairs]
-    if main_grad is not None and ahead.wanted.weight:
-        refuse_graph_of_main_grad()
-        main_grad.add_(gradients[1])
-        read[1] = None
-    return read
+
+    run: Run
+    tensors: int  # how many of its arguments are tensors; token_weight is the last of them
+
+    def forward(
+        self,
+        tensors: Tensors,
+        main_grad: Tensor | None,
+        scalars: tuple[Any, ...],
+        wanted: tuple[bool, bool, bool],
+    ) -> Results:
+        """The results and the gradients of their sum; d_weight in fp32 if `main_grad` is given."""
+        sink = GradientSink(keeps_fp32=main_grad is not None)
+        result, gradient = self.run(tensors, scalars, Wanted(*wanted), sink)
+        return (*result, *gradient)
+
+    def fake(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        main_grad: Tensor | None,
+        wanted: tuple[bool, bool, bool],
+    ) -> Results:
+        """Empty results of `forward`."""
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        value, lse, teacher_lse = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
+        gradients = empty_held_gradients(hidden, weight, Wanted(*wanted), main_grad)
+        return value, lse, teacher_lse, *gradients
+
+    def ahead(
+        self, gradients: Triple, tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted
+    ) -> "AheadOfTime":
+        """The gradients of a call, and how to compute them again."""
+
+        def recompute(token_weight: Tensor) -> Triple:
+            weight = tensors[1]
+            is_kept = weight is not None and gradients[1].dtype != weight.dtype
+            sink = GradientSink(keeps_fp32=is_kept)
+            return self.run((*tensors[:-1], token_weight), scalars, wanted, sink)[1]
+
+        return AheadOfTime(gradients, tensors[-1], wanted, recompute)
+
+    def register_autograd(self, operator: Any, backward_operator: Any) -> None:
+        """Connect the two operators."""
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+            # Else autograd fills zeros for the outputs nobody reads: d_weight is one of them.
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*output[3:], *inputs[: self.tensors])
+            ctx.main_grad, *ctx.scalars = inputs[self.tensors :]
+
+        def backward(ctx: Any, upstream: Tensor | None, *unread: None) -> tuple[Any, ...]:
+            unasked = (None,) * (self.tensors - 2 + len(ctx.scalars))
+            if upstream is None:
+                return (None, None, None, *unasked)
+            *scalars, _, _, _ = ctx.scalars
+            saved, wanted = ctx.saved_tensors, Wanted(*ctx.needs_input_grad[:3])
+            ahead = self.ahead(saved[:3], saved[3:], tuple(scalars), wanted)
+            keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph()
+            gradients: Triple
+            if type(upstream) is not Tensor or torch.is_grad_enabled():
+                # Whoever traces must not see how the values decide.
+                gradients = backward_operator(upstream, *saved, *scalars, *wanted)
+            elif keeps_graph:
+                gradients = ahead.scaled(upstream)
+            else:
+                gradients = ahead.scaled_in_place(upstream)
+            return (*read_gradients(gradients, wanted, ctx.main_grad), *unasked)
+
+        operator.register_autograd(backward, setup_context=setup_context)
+        backward_operator.register_autograd(raise_double_backward)

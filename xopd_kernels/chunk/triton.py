@@ -17,7 +17,7 @@ from xopd_kernels.chunk.config import (
     select,
 )
 from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
-from xopd_kernels.records import HeadGradient
+from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.tile.matmul import matmul_kernel
 from xopd_kernels.tile.softmax import gradient_kernel, logits_kernel, statistics_kernel
 from xopd_kernels.validation import check_target_range
@@ -202,7 +202,7 @@ class GradientSum(NamedTuple):
     weight: Tensor | None  # [V, D] as it is handed out, or main_grad
     total: Tensor | None  # [V, D] fp32 sum of the chunks; `weight` itself where that is fp32
     bias: Tensor | None  # [V] fp32
-    main_grad: Tensor | None
+    sink: GradientSink
     out_dtype: torch.dtype  # of the gradients that are handed out
 
     @classmethod
@@ -210,20 +210,15 @@ class GradientSum(NamedTuple):
         cls,
         pipeline: ChunkPipeline,
         hidden: Tensor,
-        main_grad: Tensor | None = None,
-        keeps_fp32: bool = False,
-        is_held: bool = True,
+        sink: GradientSink,
     ) -> "GradientSum":
-        """Buffers for what is wanted of `hidden` [N, D].
-
-        d_weight is added to `main_grad`, or handed out, in fp32 if `keeps_fp32`. `is_held`: the
-        gradients wait for their upstream gradient.
-        """
-        out_dtype = pipeline.call.held_dtype if is_held else hidden.dtype
-        weight, wanted, live = pipeline.weight, pipeline.call.wanted, pipeline.live
+        """Buffers for what is wanted of `hidden` [N, D]."""
+        out_dtype = pipeline.call.held_dtype if sink.is_held else hidden.dtype
+        main_grad, weight = sink.main_grad, pipeline.weight
+        wanted, live = pipeline.call.wanted, pipeline.live
         out = total = None
         if wanted.weight:
-            dtype = torch.float32 if keeps_fp32 else out_dtype
+            dtype = torch.float32 if sink.keeps_fp32 else out_dtype
             out = (
                 main_grad if main_grad is not None else weight.new_empty(weight.shape, dtype=dtype)
             )
@@ -239,7 +234,7 @@ class GradientSum(NamedTuple):
             out,
             total,
             weight.new_zeros(len(weight), dtype=torch.float32) if wanted.bias else None,
-            main_grad,
+            sink,
             out_dtype,
         )
 
@@ -253,7 +248,7 @@ class GradientSum(NamedTuple):
                 self._add_hidden(d_logit, out_row, alive)
             if self.weight is not None:
                 is_first, is_last = part.start == 0, part.stop == len(live.order)
-                base = None if is_first and self.main_grad is None else self.total
+                base = None if is_first and self.sink.main_grad is None else self.total
                 out = self.weight if is_last or self.total is None else self.total
                 self._multiply(Stage.D_WEIGHT, d_logit.t(), hidden, base, out, alive)
             if self.bias is not None:
@@ -315,7 +310,7 @@ class GradientSum(NamedTuple):
     def result(self) -> HeadGradient:
         """The gradients in the dtypes of their tensors; [0] where not wanted or in main_grad."""
         nothing = self.pipeline.weight.new_empty(0, dtype=self.out_dtype)
-        weight = None if self.main_grad is not None else self.weight
+        weight = None if self.sink.main_grad is not None else self.weight
         return HeadGradient(
             nothing.clone() if self.hidden is None else self.hidden,
             nothing.clone() if weight is None else weight,

@@ -3,14 +3,16 @@
 from torch import Tensor
 
 from xopd_kernels.backend import BackendChoice
+from xopd_kernels.chunk.autograd import compute_ahead
 from xopd_kernels.inputs import (
     check_pair,
+    main_grad_to_add_ahead,
     prepare_head,
     prepare_options,
     refuse_shards,
     wanted_gradients,
 )
-from xopd_kernels.linear_divergence.op import linear_divergence_op
+from xopd_kernels.linear_divergence.op import linear_divergence_op, run
 from xopd_kernels.records import LinearDivergence, Transform
 from xopd_kernels.validation import check_beta, check_per_token
 
@@ -30,6 +32,7 @@ def linear_divergence(
     logit_scale: float = 1.0,
     teacher_logit_scale: float = 1.0,
     token_weight: Tensor | None = None,
+    main_grad_ahead: bool = False,
     memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
 ) -> LinearDivergence:
@@ -42,7 +45,7 @@ def linear_divergence(
 
     Args:
         hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
-        weight: [V, D], dtype of hidden. An fp32 ``main_grad`` is used as in `linear_logprob`.
+        weight: [V, D], dtype of hidden. An fp32 ``main_grad`` is used as in `linear_policy_loss`.
         teacher_hidden: [..., D_T], any of the dtypes (fp64 with fp64 alone).
         teacher_weight: [V_T, D_T], dtype of teacher_hidden. Classes beyond the smaller of V and
             V_T are sliced away: padding rows of a vocabulary hold no mass.
@@ -54,6 +57,7 @@ def linear_divergence(
         softcap, teacher_softcap, logit_scale, teacher_logit_scale: as in `linear_logprob`.
         token_weight: [...] carries mask, normaliser and loss scale; None: 1. A token of weight 0
             is taken out before the first GEMM and gives 0 in every field.
+        main_grad_ahead: as in `linear_policy_loss`; every token's upstream gradient is 1 (a sum).
         memory_budget_bytes, backend: as in `linear_logprob`.
 
     Returns:
@@ -84,7 +88,7 @@ def linear_divergence(
         >>> out.divergence.detach(), out.teacher_lse
         (tensor([0.]), tensor([2.0794]))
     """
-    tensors = [
+    required = [
         ("hidden", hidden),
         ("weight", weight),
         ("teacher_hidden", teacher_hidden),
@@ -92,7 +96,7 @@ def linear_divergence(
     ]
     per_token = [("token_weight", token_weight)]
     optional = [("bias", bias), ("teacher_bias", teacher_bias), *per_token]
-    backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
+    backend_name = prepare_options(required, optional, memory_budget_bytes, backend)
     check_beta(beta)
     own = Transform(temperature, softcap, logit_scale)
     other = Transform(temperature, teacher_softcap, teacher_logit_scale)
@@ -104,22 +108,22 @@ def linear_divergence(
     refuse_shards([student, teacher], "linear_divergence")
     check_per_token(per_token, student.shape)
     student, teacher = student.first_classes(classes), teacher.first_classes(classes)
-    divergence, lse, teacher_lse, _, _, _ = linear_divergence_op(
+    tensors = (
         *student[:3],
         # Constants: without detach they would ask for a gradient that nobody computes.
         *(None if x is None else x.detach() for x in teacher[:3]),
         None if token_weight is None else token_weight.detach().reshape(-1),
-        student.main_grad,
-        float(beta),
-        student.scalars.temperature,
-        student.scalars.softcap,
-        teacher.scalars.softcap,
-        student.scalars.logit_scale,
-        teacher.scalars.logit_scale,
-        memory_budget_bytes,
-        backend_name,
-        *wanted_gradients(*student[:3]),
     )
+    caps = (student.scalars.temperature, student.scalars.softcap, teacher.scalars.softcap)
+    scales = (student.scalars.logit_scale, teacher.scalars.logit_scale)
+    scalars = (float(beta), *caps, *scales, memory_budget_bytes, backend_name)
+    wanted = wanted_gradients(*student[:3])
+    main_grad = main_grad_to_add_ahead(student, main_grad_ahead)
+    if main_grad is not None:
+        divergence, lse, teacher_lse = compute_ahead(run, tensors, scalars, wanted, main_grad)
+    else:
+        results = linear_divergence_op(*tensors, student.main_grad, *scalars, *wanted)
+        divergence, lse, teacher_lse, _, _, _ = results
     shape = student.shape
     rows = (lse.detach().view(shape), teacher_lse.detach().view(shape))
     return LinearDivergence(divergence.view(shape), *rows)

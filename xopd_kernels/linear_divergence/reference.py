@@ -12,7 +12,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.kl import row_divergence
 from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
-from xopd_kernels.records import HeadGradient, LinearDivergence, Teacher, Wanted
+from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher, Wanted
 
 
 def forward(
@@ -21,7 +21,7 @@ def forward(
     teacher: Teacher,
     token_weight: Tensor | None,
     beta: float,
-    keeps_fp32: bool,
+    sink: GradientSink,
 ) -> tuple[LinearDivergence, HeadGradient]:
     """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
     rows = hidden.shape[0]
@@ -31,7 +31,7 @@ def forward(
     frozen = call.work._replace(wanted=Wanted(False, False, False))
     student = ChunkLogits.of(call, live)
     other = ChunkLogits.of(call._replace(head=teacher.head, work=frozen), live)
-    gradient = GradientSum.of(hidden, student, live)
+    gradient = GradientSum.of(hidden, student, live, sink)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
@@ -41,7 +41,7 @@ def forward(
         if call.work.has_gradient:
             gradient.add(part, chunk_hidden, z, None)
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
-    return result, gradient.result(call.dtype if keeps_fp32 else None)
+    return result, gradient.result()
 
 
 def _fill_rows(

@@ -11,7 +11,7 @@ from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.config import GRADIENT_BLOCK_V, GRADIENT_WARPS
 from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowStatistics
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum, narrow_view
-from xopd_kernels.records import HeadGradient, LinearDivergence, Teacher
+from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher
 from xopd_kernels.shard import VocabShard
 from xopd_kernels.target import device_guard
 from xopd_kernels.tile.divergence import divergence_kernel, kind_of
@@ -23,12 +23,9 @@ def forward(
     teacher: Teacher,
     token_weight: Tensor | None,
     beta: float,
-    keeps_fp32: bool,
+    sink: GradientSink,
 ) -> tuple[LinearDivergence, HeadGradient]:
-    """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass.
-
-    d_weight comes in fp32 if `keeps_fp32`, else in the dtype of the weight.
-    """
+    """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
     count = len(hidden)
     weight = hidden.new_ones(count) if token_weight is None else token_weight
     live = DeviceRows.of(weight != 0, call.step)
@@ -40,7 +37,7 @@ def forward(
     rows = [RowStatistics.zeros(model.target_logit, has_entropy=False) for model in models]
     divergence = torch.zeros_like(rows[0].lse)
     weight = live.take(weight).float()
-    gradient = GradientSum.of(models[0], hidden, keeps_fp32=keeps_fp32)
+    gradient = GradientSum.of(models[0], hidden, sink)
     d_logit = narrow_view(logits[0], hidden.dtype) if call.work.has_gradient else None
     for part, live_count in live.parts():
         _fill(models[1], teacher.hidden, part, live_count, logits[1], rows[1])

@@ -7,7 +7,7 @@ from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowS
 from xopd_kernels.chunk.scoring import run_scoring
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
 from xopd_kernels.linear_logprob.reference import has_upstream
-from xopd_kernels.records import HeadGradient, LinearLogprob
+from xopd_kernels.records import GradientSink, HeadGradient, LinearLogprob
 
 
 def forward(call: Call, hidden: Tensor, target: Tensor, ignore_index: int) -> LinearLogprob:
@@ -46,7 +46,7 @@ def backward(
     up = RowGradients(live.take(upstream.logprob), live.take(upstream.lse), d_entropy)
     rows = RowStatistics.zeros(pipeline.target_logit, has_entropy=False)
     logits = pipeline.empty_logits()
-    gradient = GradientSum.of(pipeline, hidden, main_grad, is_held=False)
+    gradient = GradientSum.of(pipeline, hidden, GradientSink(main_grad, is_held=False))
     for part, live_count in live.parts():
         chunk, alive = pipeline.gather(hidden, part), Alive(None, live_count)
         partial = pipeline.run_logits(chunk, part, live_count, logits, has_moment=False)

@@ -6,13 +6,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from xopd_kernels.backend import BackendChoice
+from xopd_kernels.chunk.autograd import compute_ahead
 from xopd_kernels.inputs import (
+    main_grad_to_add_ahead,
     prepare_head,
     prepare_options,
     prepare_target,
     wanted_gradients,
 )
-from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op
+from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op, run
 from xopd_kernels.records import PolicyLoss, Transform
 from xopd_kernels.validation import check_clamp, check_index, check_number, check_per_token
 
@@ -36,6 +38,7 @@ def linear_policy_loss(
     ignore_index: int = -100,
     vocab_group: ProcessGroup | None = None,
     gradient: Literal["exact"] = "exact",
+    main_grad_ahead: bool = False,
     memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
 ) -> PolicyLoss:
@@ -62,6 +65,12 @@ def linear_policy_loss(
         bias, temperature, softcap, logit_scale, ignore_index, vocab_group,
             memory_budget_bytes, backend: as in `linear_logprob`.
         gradient: "exact" is the only one.
+        main_grad_ahead: add d_weight to ``weight.main_grad`` chunk by chunk in the forward pass, so
+            that no [V, D] fp32 tensor waits for the backward pass. A promise: this call has one
+            backward pass, in which the upstream gradient of the loss is 1 (factors, also a loss
+            scale, are in `token_weight`). It is checked there: RuntimeError on the CPU, an
+            assertion on a CUDA device, which does not wait. Whoever calls and never goes backward
+            has changed main_grad. Without gradients it does nothing.
 
     Returns:
         PolicyLoss(loss [], logprob, lse, advantage, ratio [...], is_clipped [...] bool), fp32
@@ -75,7 +84,9 @@ def linear_policy_loss(
 
     Cost: 3U with gradients, 2U with a frozen weight or a frozen hidden, 1U without gradients
     (U = 2 N V D). d_hidden and d_weight are held from forward to backward in the dtypes of their
-    tensors. Numerics: fp32 logits, fp32 accumulation of d_weight, bitwise repeatable.
+    tensors; with a ``main_grad`` d_weight in fp32, or not at all with `main_grad_ahead`.
+
+    Numerics: fp32 logits, fp32 accumulation of d_weight, bitwise repeatable.
 
     Raises:
         TypeError, ValueError: an input is wrong; nothing was computed. A target out of range
@@ -103,9 +114,9 @@ def linear_policy_loss(
         ("old_logprob", old_logprob),
         ("token_weight", token_weight),
     ]
-    tensors = [("hidden", hidden), ("weight", weight), ("target", target)]
+    required = [("hidden", hidden), ("weight", weight), ("target", target)]
     optional = [("bias", bias), *per_token]
-    backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
+    backend_name = prepare_options(required, optional, memory_budget_bytes, backend)
     check_index(ignore_index)
     transform = Transform(temperature, softcap, logit_scale)
     x = prepare_head(hidden, weight, bias, transform, vocab_group)
@@ -117,21 +128,15 @@ def linear_policy_loss(
     _check_scalars(clip_low, clip_high, advantage_clamp, gradient)
     # Constants: without detach the loss would ask for a gradient that nobody computes.
     terms = (None if value is None else value.detach().reshape(-1) for _, value in per_token)
-    loss, *rows, _, _, _ = linear_policy_loss_op(
-        *x[:3],
-        flat_target,
-        x.main_grad,
-        *terms,
-        float(clip_low),
-        float(clip_high),
-        float(advantage_clamp),
-        *x.scalars,
-        x.vocab_group,
-        ignore_index,
-        *wanted_gradients(*x[:3]),
-        memory_budget_bytes,
-        backend_name,
-    )
+    tensors = (*x[:3], flat_target, *terms)
+    bounds = (float(clip_low), float(clip_high), float(advantage_clamp))
+    options = (x.vocab_group, ignore_index, memory_budget_bytes, backend_name)
+    scalars, wanted = (*bounds, *x.scalars, *options), wanted_gradients(*x[:3])
+    main_grad = main_grad_to_add_ahead(x, main_grad_ahead)
+    if main_grad is not None:
+        loss, *rows = compute_ahead(run, tensors, scalars, wanted, main_grad)
+    else:
+        loss, *rows, _, _, _ = linear_policy_loss_op(*tensors, x.main_grad, *scalars, *wanted)
     return PolicyLoss(loss, *(row.detach().view(x.shape) for row in rows))
 
 

@@ -11,17 +11,42 @@ from torch import Tensor
 
 from xopd_kernels.backend import Backend, resolve
 from xopd_kernels.chunk.autograd import (
+    Tensors,
     Triple,
     empty_held_gradients,
     raise_double_backward,
+    read_gradients,
     scaled_gradients,
 )
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.linear_policy_loss import reference
 from xopd_kernels.memory import Operator, Workload
-from xopd_kernels.records import Head, PolicyTerms, Wanted
+from xopd_kernels.records import GradientSink, Head, HeadGradient, PolicyLoss, PolicyTerms, Wanted
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def run(
+    tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, sink: GradientSink
+) -> tuple[PolicyLoss, HeadGradient]:
+    """The forward pass of the tensors and the scalars of the schema."""
+    hidden, weight, bias, target, teacher_logprob, advantage, old_logprob, token_weight = tensors
+    if hidden is None or weight is None or target is None:
+        raise TypeError("hidden, weight and target must be tensors")
+    low, high, clamp, temperature, softcap, scale, group, ignore_index, budget, backend = scalars
+    head = Head(weight, bias, temperature, softcap, scale, group)
+    per_token = (teacher_logprob, advantage, old_logprob, token_weight)
+    terms = PolicyTerms(*per_token, low, high, clamp)
+    work = Workload.of(Operator.POLICY_LOSS, hidden, weight, wanted)._replace(
+        has_softcap=softcap is not None
+    )
+    chosen = resolve(backend, hidden.device, hidden.dtype)
+    call = Call.of(head, work, chosen, budget)
+    if chosen is Backend.TRITON:
+        from xopd_kernels.linear_policy_loss.triton import forward
+
+        return forward(call, hidden, target, terms, ignore_index, sink)
+    return reference.forward(call, hidden, target, terms, ignore_index, sink)
 
 
 @torch.library.custom_op("xopd_kernels::linear_policy_loss", mutates_args=())
@@ -30,11 +55,11 @@ def linear_policy_loss_op(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    main_grad: Tensor | None,
     teacher_logprob: Tensor | None,
     advantage: Tensor | None,
     old_logprob: Tensor | None,
     token_weight: Tensor | None,
+    main_grad: Tensor | None,
     clip_low: float,
     clip_high: float,
     advantage_clamp: float,
@@ -43,34 +68,24 @@ def linear_policy_loss_op(
     logit_scale: float,
     vocab_group: str,
     ignore_index: int,
+    memory_budget_bytes: int | None,
+    backend: str,
     wants_hidden: bool,
     wants_weight: bool,
     wants_bias: bool,
-    memory_budget_bytes: int | None,
-    backend: str,
 ) -> Results:
     """(loss, logprob, lse, advantage, ratio, is_clipped, d_hidden, d_weight, d_bias).
 
     With `main_grad` d_weight is handed out in fp32, unrounded; the backward pass adds it there.
     """
-    head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
-    terms = PolicyTerms(
-        teacher_logprob, advantage, old_logprob, token_weight, clip_low, clip_high, advantage_clamp
-    )
-    wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    chosen = resolve(backend, hidden.device, hidden.dtype)
-    work = Workload.of(Operator.POLICY_LOSS, hidden, weight, wanted)._replace(
-        has_softcap=softcap is not None
-    )
-    call = Call.of(head, work, chosen, memory_budget_bytes)
-    keeps_fp32 = main_grad is not None
-    if chosen is Backend.TRITON:
-        from xopd_kernels.linear_policy_loss.triton import forward
-
-        result, grad = forward(call, hidden, target, terms, ignore_index, keeps_fp32)
-    else:
-        result, grad = reference.forward(call, hidden, target, terms, ignore_index, keeps_fp32)
-    return (*result, *grad)
+    head = (hidden, weight, bias, target)
+    tensors = (*head, teacher_logprob, advantage, old_logprob, token_weight)
+    transform = (temperature, softcap, logit_scale)
+    options = (vocab_group, ignore_index, memory_budget_bytes, backend)
+    scalars = (clip_low, clip_high, advantage_clamp, *transform, *options)
+    sink = GradientSink(keeps_fp32=main_grad is not None)
+    result, gradient = run(tensors, scalars, Wanted(wants_hidden, wants_weight, wants_bias), sink)
+    return (*result, *gradient)
 
 
 @linear_policy_loss_op.register_fake
@@ -79,24 +94,12 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    main_grad: Tensor | None,
     teacher_logprob: Tensor | None,
     advantage: Tensor | None,
     old_logprob: Tensor | None,
     token_weight: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    advantage_clamp: float,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    vocab_group: str,
-    ignore_index: int,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
-    memory_budget_bytes: int | None,
-    backend: str,
+    main_grad: Tensor | None,
+    *rest: Any,
 ) -> Results:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     rows = hidden.shape[0]
@@ -107,9 +110,7 @@ def _(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=torch.bool),
-        *empty_held_gradients(
-            hidden, weight, Wanted(wants_hidden, wants_weight, wants_bias), main_grad
-        ),
+        *empty_held_gradients(hidden, weight, Wanted(*rest[-3:]), main_grad),
     )
 
 
@@ -130,7 +131,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     # Else autograd fills zeros for the outputs nobody reads: d_weight is one of them.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[6:])
-    ctx.main_grad = inputs[4]
+    # Not saved: others add to it between forward and backward, which is no error.
+    ctx.main_grad = inputs[8]
     ctx.input_count = len(inputs)
 
 
@@ -138,9 +140,8 @@ def _backward(ctx: Any, d_loss: Tensor | None, *unread: None) -> tuple[Any, ...]
     if d_loss is None:
         return tuple([None] * ctx.input_count)
     wanted = Wanted(*ctx.needs_input_grad[:3])
-    read = scaled_gradients(
-        d_loss, ctx.saved_tensors, wanted, ctx.main_grad, linear_policy_loss_backward_op
-    )
+    gradients = scaled_gradients(d_loss, ctx.saved_tensors, linear_policy_loss_backward_op)
+    read = read_gradients(gradients, wanted, ctx.main_grad)
     return (*read, *[None] * (ctx.input_count - 3))
 
 

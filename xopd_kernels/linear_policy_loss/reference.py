@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.reference import ChunkSoftmax, ChunkStats, GradientSum, LiveRows
-from xopd_kernels.records import HeadGradient, PolicyLoss, PolicyTerms
+from xopd_kernels.records import GradientSink, HeadGradient, PolicyLoss, PolicyTerms
 
 
 def forward(
@@ -22,18 +22,15 @@ def forward(
     target: Tensor,
     terms: PolicyTerms,
     ignore_index: int,
-    keeps_fp32: bool,
+    sink: GradientSink,
 ) -> tuple[PolicyLoss, HeadGradient]:
-    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass.
-
-    d_weight comes in the dtype of the arithmetic if `keeps_fp32`, else in that of the weight.
-    """
+    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass."""
     is_live = target != ignore_index
     if terms.token_weight is not None:
         is_live &= terms.token_weight != 0
     live = LiveRows.of(is_live)
     softmax = ChunkSoftmax.of(call, target, live)
-    gradient = GradientSum.of(hidden, softmax.logits, live)
+    gradient = GradientSum.of(hidden, softmax.logits, live, sink)
     terms = terms.map(lambda values: live.take(values).to(call.dtype))
     rows = _Rows.empty(live.live, softmax.logits.buffer)
     for part in live.parts(call.step):
@@ -46,7 +43,7 @@ def forward(
             d_logit = _logit_gradient_(softmax, stats, token.coefficient, alive)
             gradient.add(part, chunk_hidden, d_logit, alive)
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
-    return result, gradient.result(call.dtype if keeps_fp32 else None)
+    return result, gradient.result()
 
 
 def _alive(coefficient: Tensor) -> Tensor | None:

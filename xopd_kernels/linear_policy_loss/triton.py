@@ -15,7 +15,7 @@ from xopd_kernels.chunk.config import ROWS_PER_PROGRAM
 from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowGradients, RowStatistics
 from xopd_kernels.chunk.scoring import run_scoring
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
-from xopd_kernels.records import HeadGradient, PolicyLoss, PolicyTerms
+from xopd_kernels.records import GradientSink, HeadGradient, PolicyLoss, PolicyTerms
 from xopd_kernels.target import device_guard
 from xopd_kernels.tile.token_loss import policy_kernel
 
@@ -40,12 +40,9 @@ def forward(
     target: Tensor,
     terms: PolicyTerms,
     ignore_index: int,
-    keeps_fp32: bool,
+    sink: GradientSink,
 ) -> tuple[PolicyLoss, HeadGradient]:
-    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass.
-
-    d_weight comes in fp32 if `keeps_fp32`, else in the dtype of the weight.
-    """
+    """The loss of hidden [N, D], target [N] and the gradients that are wanted, in one pass."""
     is_live = target != ignore_index
     if terms.token_weight is not None:
         is_live &= terms.token_weight != 0
@@ -55,7 +52,7 @@ def forward(
     out = hidden.new_zeros(len(_Rows._fields), len(target), dtype=torch.float32)
     rows = _Rows(*out)
     logits = pipeline.empty_logits() if call.work.has_gradient else None
-    gradient = GradientSum.of(pipeline, hidden, keeps_fp32=keeps_fp32)
+    gradient = GradientSum.of(pipeline, hidden, sink)
     statistics = RowStatistics(rows.logprob, rows.lse, rows.maximum, rows.total, None)
     upstream = RowGradients(rows.coefficient, None, None)
     for part, live_count in live.parts():

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import BackendChoice
+from xopd_kernels.chunk.autograd import compute_ahead
 from xopd_kernels.inputs import (
+    main_grad_to_add_ahead,
     prepare_head,
     prepare_options,
     refuse_shards,
     wanted_gradients,
 )
-from xopd_kernels.linear_topk_divergence.op import linear_topk_divergence_op
+from xopd_kernels.linear_topk_divergence.op import linear_topk_divergence_op, run
 from xopd_kernels.records import LinearDivergence, Transform
 from xopd_kernels.validation import check_beta, check_per_token
 
@@ -30,6 +32,7 @@ def linear_topk_divergence(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    main_grad_ahead: bool = False,
     memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
 ) -> LinearDivergence:
@@ -42,7 +45,7 @@ def linear_topk_divergence(
 
     Args:
         hidden: [..., D] bf16, fp16, fp32 (fp64: Backend.REFERENCE only).
-        weight: [V, D], dtype of hidden. An fp32 ``main_grad`` is used as in `linear_logprob`.
+        weight: [V, D], dtype of hidden. An fp32 ``main_grad`` is used as in `linear_policy_loss`.
         teacher_ids: [..., K] int64 classes, distinct in a row.
         teacher_logprob: [..., K] nat, of the teacher's whole distribution (not renormalised over
             the ids), at the same temperature.
@@ -52,6 +55,7 @@ def linear_topk_divergence(
         token_weight: [...] as in `linear_divergence`.
         bias, temperature, softcap, logit_scale, memory_budget_bytes, backend: as in
             `linear_logprob`.
+        main_grad_ahead: as in `linear_policy_loss`; every token's upstream gradient is 1 (a sum).
 
     Returns:
         LinearDivergence(divergence, lse, teacher_lse), [...] fp32 (fp64 for fp64 inputs);
@@ -71,7 +75,7 @@ def linear_topk_divergence(
         >>> linear_topk_divergence(*zeros, ids, logprob, beta=0.0).divergence
         tensor([0.1438])
     """
-    tensors = [
+    required = [
         ("hidden", hidden),
         ("weight", weight),
         ("teacher_ids", teacher_ids),
@@ -79,7 +83,7 @@ def linear_topk_divergence(
     ]
     per_token = [("token_weight", token_weight)]
     optional = [("bias", bias), *per_token]
-    backend_name = prepare_options(tensors, optional, memory_budget_bytes, backend)
+    backend_name = prepare_options(required, optional, memory_budget_bytes, backend)
     check_beta(beta)
     if tail not in ("bucket", "ignore"):
         raise ValueError(f'tail must be "bucket" or "ignore", got {tail!r}')
@@ -88,19 +92,19 @@ def linear_topk_divergence(
     _check_teacher(teacher_ids, teacher_logprob, x.shape, len(x.weight))
     check_per_token(per_token, x.shape)
     top_k = teacher_ids.shape[-1]
-    divergence, lse, teacher_lse, _, _, _ = linear_topk_divergence_op(
+    tensors = (
         *x[:3],
         teacher_ids.reshape(-1, top_k),
         teacher_logprob.detach().reshape(-1, top_k),
         None if token_weight is None else token_weight.detach().reshape(-1),
-        x.main_grad,
-        float(beta),
-        tail == "bucket",
-        *x.scalars,
-        memory_budget_bytes,
-        backend_name,
-        *wanted_gradients(*x[:3]),
     )
+    scalars = (float(beta), tail == "bucket", *x.scalars, memory_budget_bytes, backend_name)
+    wanted, main_grad = wanted_gradients(*x[:3]), main_grad_to_add_ahead(x, main_grad_ahead)
+    if main_grad is not None:
+        divergence, lse, teacher_lse = compute_ahead(run, tensors, scalars, wanted, main_grad)
+    else:
+        results = linear_topk_divergence_op(*tensors, x.main_grad, *scalars, *wanted)
+        divergence, lse, teacher_lse, _, _, _ = results
     rows = (lse.detach().view(x.shape), teacher_lse.detach().view(x.shape))
     return LinearDivergence(divergence.view(x.shape), *rows)
 

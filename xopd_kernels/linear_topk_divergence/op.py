@@ -4,42 +4,28 @@ The forward operator computes the gradients of the sum over the tokens; the back
 them, or computes them again where the upstream gradient differs from token to token.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend, resolve
-from xopd_kernels.chunk.autograd import Triple, empty_held_gradients, raise_double_backward
+from xopd_kernels.chunk.autograd import Tensors, Triple
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.rows import AheadOfTime, row_gradients
+from xopd_kernels.chunk.rows import Results, RowOperator
 from xopd_kernels.linear_topk_divergence import reference
 from xopd_kernels.memory import Operator, Workload
-from xopd_kernels.records import Head, HeadGradient, LinearDivergence, TopK, Wanted
-
-Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+from xopd_kernels.records import GradientSink, Head, HeadGradient, LinearDivergence, TopK, Wanted
 
 
-class _Options(NamedTuple):
-    """The scalars of the schema."""
-
-    beta: float
-    has_tail: bool
-    temperature: float
-    softcap: float | None
-    logit_scale: float
-    memory_budget_bytes: int | None
-    backend: str
-
-
-def _run(
-    tensors: tuple[Tensor | None, ...], options: _Options, wanted: Wanted, keeps_fp32: bool
+def run(
+    tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, sink: GradientSink
 ) -> tuple[LinearDivergence, HeadGradient]:
-    """The forward pass of the tensors of the schema on the backend of the options."""
+    """The forward pass of the tensors and the scalars of the schema."""
     hidden, weight, bias, teacher_ids, teacher_logprob, token_weight = tensors
     if hidden is None or weight is None or teacher_ids is None or teacher_logprob is None:
         raise TypeError("hidden, weight, teacher_ids and teacher_logprob must be tensors")
-    beta, has_tail, temperature, softcap, scale, budget, backend = options
+    beta, has_tail, temperature, softcap, scale, budget, backend = scalars
     head = Head(weight, bias, temperature, softcap, scale, "")
     teacher = TopK(teacher_ids, teacher_logprob, has_tail)
     work = Workload.of(Operator.TOPK_DIVERGENCE, hidden, weight, wanted)._replace(
@@ -50,8 +36,11 @@ def _run(
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_topk_divergence.triton import forward
 
-        return forward(call, hidden, teacher, token_weight, beta, keeps_fp32)
-    return reference.forward(call, hidden, teacher, token_weight, beta, keeps_fp32)
+        return forward(call, hidden, teacher, token_weight, beta, sink)
+    return reference.forward(call, hidden, teacher, token_weight, beta, sink)
+
+
+_ROWS = RowOperator(run, tensors=6)
 
 
 @torch.library.custom_op("xopd_kernels::linear_topk_divergence", mutates_args=())
@@ -79,7 +68,7 @@ def linear_topk_divergence_op(
     With `main_grad` d_weight is handed out in fp32, unrounded; the backward pass adds it there.
     """
     tensors = (hidden, weight, bias, teacher_ids, teacher_logprob, token_weight)
-    options = _Options(
+    scalars = (
         beta,
         has_tail,
         temperature,
@@ -88,9 +77,8 @@ def linear_topk_divergence_op(
         memory_budget_bytes,
         backend,
     )
-    wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    result, gradient = _run(tensors, options, wanted, main_grad is not None)
-    return (*result, *gradient)
+    wanted = (wants_hidden, wants_weight, wants_bias)
+    return _ROWS.forward(tensors, main_grad, scalars, wanted)
 
 
 @linear_topk_divergence_op.register_fake
@@ -102,22 +90,9 @@ def _(
     teacher_logprob: Tensor,
     token_weight: Tensor | None,
     main_grad: Tensor | None,
-    beta: float,
-    has_tail: bool,
-    temperature: float,
-    softcap: float | None,
-    logit_scale: float,
-    memory_budget_bytes: int | None,
-    backend: str,
-    wants_hidden: bool,
-    wants_weight: bool,
-    wants_bias: bool,
+    *rest: Any,
 ) -> Results:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    divergence, lse, teacher_lse = (hidden.new_empty(len(hidden), dtype=dtype) for _ in range(3))
-    wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    gradients = empty_held_gradients(hidden, weight, wanted, main_grad)
-    return divergence, lse, teacher_lse, *gradients
+    return _ROWS.fake(hidden, weight, main_grad, rest[-3:])
 
 
 @torch.library.custom_op("xopd_kernels::linear_topk_divergence_backward", mutates_args=())
@@ -145,7 +120,7 @@ def linear_topk_divergence_backward_op(
 ) -> Triple:
     """The gradients (d_hidden, d_weight, d_bias) of the sum, for the upstream gradient [N]."""
     tensors = (hidden, weight, bias, teacher_ids, teacher_logprob, token_weight)
-    options = _Options(
+    scalars = (
         beta,
         has_tail,
         temperature,
@@ -155,7 +130,8 @@ def linear_topk_divergence_backward_op(
         backend,
     )
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    return _ahead((d_hidden, d_weight, d_bias), tensors, options, wanted).scaled(d_divergence)
+    ahead = _ROWS.ahead((d_hidden, d_weight, d_bias), tensors, scalars, wanted)
+    return ahead.scaled(d_divergence)
 
 
 @linear_topk_divergence_backward_op.register_fake
@@ -163,38 +139,4 @@ def _(d_divergence: Tensor, d_hidden: Tensor, d_weight: Tensor, d_bias: Tensor, 
     return tuple(torch.empty_like(x) for x in (d_hidden, d_weight, d_bias))
 
 
-def _ahead(
-    gradients: Triple, tensors: tuple[Tensor | None, ...], options: _Options, wanted: Wanted
-) -> AheadOfTime:
-    def recompute(token_weight: Tensor) -> Triple:
-        weight = tensors[1]
-        keeps_fp32 = weight is not None and gradients[1].dtype != weight.dtype
-        return _run((*tensors[:5], token_weight), options, wanted, keeps_fp32)[1]
-
-    return AheadOfTime(gradients, tensors[5], wanted, recompute)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    # Else autograd fills zeros for the outputs nobody reads: d_weight is one of them.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[3:], *inputs[:6])
-    ctx.main_grad = inputs[6]
-    ctx.scalars = inputs[7:]
-
-
-def _backward(ctx: Any, d_divergence: Tensor | None, *unread: None) -> tuple[Any, ...]:
-    if d_divergence is None:
-        return (None,) * (7 + len(ctx.scalars))
-    saved = ctx.saved_tensors
-    options, wanted = _Options(*ctx.scalars[:-3]), Wanted(*ctx.needs_input_grad[:3])
-    read = row_gradients(
-        d_divergence,
-        _ahead(saved[:3], saved[3:], options, wanted),
-        ctx.main_grad,
-        lambda: linear_topk_divergence_backward_op(d_divergence, *saved, *options, *wanted),
-    )
-    return (*read, *[None] * (4 + len(ctx.scalars)))
-
-
-linear_topk_divergence_op.register_autograd(_backward, setup_context=_setup_context)
-linear_topk_divergence_backward_op.register_autograd(raise_double_backward)
+_ROWS.register_autograd(linear_topk_divergence_op, linear_topk_divergence_backward_op)

@@ -6,7 +6,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.kl import row_divergence
 from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
-from xopd_kernels.records import TAIL_FLOOR, HeadGradient, LinearDivergence, TopK
+from xopd_kernels.records import TAIL_FLOOR, GradientSink, HeadGradient, LinearDivergence, TopK
 from xopd_kernels.validation import check_top_k
 
 
@@ -16,7 +16,7 @@ def forward(
     teacher: TopK,
     token_weight: Tensor | None,
     beta: float,
-    keeps_fp32: bool,
+    sink: GradientSink,
 ) -> tuple[LinearDivergence, HeadGradient]:
     """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
     rows = hidden.shape[0]
@@ -27,7 +27,7 @@ def forward(
     for part in live.parts(call.step):  # a chunk at a time: sorting takes 16 bytes an id
         check_top_k(live.chunk(teacher.ids, part), live.chunk(teacher.logprob, part), classes)
     student = ChunkLogits.of(call, live)
-    gradient = GradientSum.of(hidden, student, live)
+    gradient = GradientSum.of(hidden, student, live, sink)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
@@ -39,7 +39,7 @@ def forward(
         if call.work.has_gradient:
             gradient.add(part, chunk_hidden, z, None)
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
-    return result, gradient.result(call.dtype if keeps_fp32 else None)
+    return result, gradient.result()
 
 
 def _usable_ids(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.config import GRADIENT_BLOCK_V, GRADIENT_WARPS
 from xopd_kernels.chunk.device_rows import Alive, DeviceRows, RowStatistics
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum, narrow_view
-from xopd_kernels.records import HeadGradient, LinearDivergence, TopK
+from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, TopK
 from xopd_kernels.target import device_guard
 from xopd_kernels.tile.divergence import kind_of, topk_divergence_kernel
 from xopd_kernels.validation import check_top_k
@@ -26,11 +26,11 @@ def forward(
     teacher: TopK,
     token_weight: Tensor | None,
     beta: float,
-    keeps_fp32: bool,
+    sink: GradientSink,
 ) -> tuple[LinearDivergence, HeadGradient]:
     """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass.
 
-    d_weight comes in fp32 if `keeps_fp32`, else in the dtype of the weight. ValueError if there
+    ValueError if there
     are more than MAX_TOP_K ids a row, or if a live row on the CPU holds a wrong one.
     """
     count, top_k = teacher.ids.shape
@@ -43,7 +43,7 @@ def forward(
     rows = RowStatistics.zeros(model.target_logit, has_entropy=False)
     divergence, teacher_lse = torch.zeros_like(rows.lse), torch.zeros_like(rows.lse)
     weight = live.take(weight).float()
-    gradient = GradientSum.of(model, hidden, keeps_fp32=keeps_fp32)
+    gradient = GradientSum.of(model, hidden, sink)
     d_logit = narrow_view(logits, hidden.dtype) if call.work.has_gradient else None
     for part, live_count in live.parts():
         chunk = model.gather(hidden, part)

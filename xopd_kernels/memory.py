@@ -206,8 +206,10 @@ class _Needs:
         has_slope = work.has_softcap and work.has_gradient
         row = size * work.vocab_size
         logits = row * (1 + is_divergence + has_slope + work.needs_entropy)
-        # Hidden states and their gradient in the dtype of the arithmetic; a chunk's statistics.
+        # Hidden states and their gradient in the dtype of the arithmetic, the gradient once more as
+        # it is rounded; a chunk's statistics.
         scratch = (2 * work.dim + work.teacher_dim + 4 * work.top_k + 32) * size
+        scratch += work.dim * work.dtype.itemsize * (work.dtype != work.arithmetic)
         pieces = 12 if is_divergence else 0  # of the Jensen-Shannon divergence: eleven and masks
         dtypes = {work.dtype, work.teacher_dtype or work.dtype}
         widest = max(work.dim, work.teacher_dim) * size * (dtypes != {work.arithmetic})

@@ -12,42 +12,16 @@ from xopd_kernels import (
 )
 from xopd_kernels.linear_divergence import op as divergence_op
 from xopd_kernels.linear_topk_divergence import op as topk_op
-
-FP64 = {"dtype": torch.float64}
-N, V, V_TEACHER, D, D_TEACHER, K = 13, 31, 37, 7, 5, 4
-
-
-def make_case(dtype=torch.float64, seed=0):
-    """Student leaves, the teacher, and per-token weights of which some are 0."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
-
-    student = [draw(N, D), draw(V, D) / 2, draw(V)]
-    teacher = [draw(N, D_TEACHER), draw(V_TEACHER, D_TEACHER) / 2]
-    weight = torch.rand(N, generator=rng, dtype=torch.float64)
-    weight[::4] = 0.0
-    return [x.requires_grad_() for x in student], teacher, weight
-
-
-def make_top_k(teacher):
-    log_q = (teacher[0] @ teacher[1][:V].T).log_softmax(-1)
-    ids = log_q.topk(K).indices
-    return ids, log_q.gather(1, ids)
-
-
-def full(leaves, teacher, **options):
-    hidden, weight, bias = leaves
-    return linear_divergence(hidden, weight, *teacher, bias=bias, **options).divergence
-
-
-def top_k(leaves, teacher, **options):
-    hidden, weight, bias = leaves
-    return linear_topk_divergence(
-        hidden, weight, *make_top_k(teacher), bias=bias, **options
-    ).divergence
-
+from xopd_kernels.testing.distillation import (
+    D_TEACHER,
+    D,
+    N,
+    V,
+    full,
+    make_distillation,
+    make_top_k,
+    top_k,
+)
 
 BOTH = pytest.mark.parametrize("call", [full, top_k])
 
@@ -56,7 +30,7 @@ BOTH = pytest.mark.parametrize("call", [full, top_k])
 @pytest.mark.parametrize("is_frozen", [False, True])
 def test_an_upstream_nan_of_an_ignored_token_stays_out(call, is_frozen):
     """sqrt has an infinite slope at the 0 of an ignored token; infinite times 0 is NaN."""
-    (hidden, matrix, bias), teacher, weight = make_case()
+    (hidden, matrix, bias), teacher, weight = make_distillation()
     if is_frozen:
         matrix, bias = matrix.detach(), bias.detach()
     leaves = [x for x in (hidden, matrix, bias) if x.requires_grad]
@@ -72,7 +46,7 @@ def test_an_upstream_nan_of_an_ignored_token_stays_out(call, is_frozen):
 def test_wrong_ids_give_nan_where_nothing_may_raise(ids, monkeypatch):
     """As on a CUDA device, whose values are not read: the row is NaN, the others are not."""
     monkeypatch.setattr(topk_op.reference, "check_top_k", lambda *args: None)
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     top_ids, logprob = make_top_k(teacher)
     top_ids = top_ids.clone()
     top_ids[2, :2] = torch.tensor(ids)
@@ -83,7 +57,7 @@ def test_wrong_ids_give_nan_where_nothing_may_raise(ids, monkeypatch):
 
 @BOTH
 def test_double_backward_raises(call):
-    leaves, teacher, _ = make_case()
+    leaves, teacher, _ = make_distillation()
     (grad, *_) = torch.autograd.grad(call(leaves, teacher).sum(), leaves, create_graph=True)
     with pytest.raises(RuntimeError, match="does not differentiate twice"):
         grad.sum().backward()
@@ -91,7 +65,7 @@ def test_double_backward_raises(call):
 
 @pytest.mark.parametrize("upstream", ["common", "own"])
 def test_opcheck(upstream):
-    (hidden, matrix, bias), teacher, weight = make_case(torch.float32)
+    (hidden, matrix, bias), teacher, weight = make_distillation(torch.float32)
     weight, matrix = weight.float(), matrix.detach().requires_grad_()
     per_token = torch.ones(N) if upstream == "common" else torch.rand(N)
     wanted = (True, True, True)
@@ -115,7 +89,7 @@ def test_opcheck(upstream):
 
 @BOTH
 def test_compiles_as_one_graph(call):
-    leaves, teacher, weight = make_case(torch.float32)
+    leaves, teacher, weight = make_distillation(torch.float32)
     if call is top_k:
         ids, logprob = make_top_k(teacher)
 
@@ -135,7 +109,7 @@ def test_compiles_as_one_graph(call):
 
 @BOTH
 def test_autocast_and_checkpointing(call):
-    leaves, teacher, _ = make_case(torch.float32)
+    leaves, teacher, _ = make_distillation(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = call(leaves, teacher) if call is full else None
     if out is not None:
@@ -148,7 +122,7 @@ def test_autocast_and_checkpointing(call):
 
 
 def test_leading_dimensions_come_back():
-    (hidden, matrix, _), teacher, weight = make_case()
+    (hidden, matrix, _), teacher, weight = make_distillation()
     rows = slice(0, 12)
     flat = linear_divergence(hidden[rows], matrix, teacher[0][rows], teacher[1])
     shaped = linear_divergence(
@@ -163,7 +137,7 @@ def test_leading_dimensions_come_back():
 
 
 def test_explicit_backends_never_fall_back():
-    leaves, teacher, _ = make_case(torch.float32)
+    leaves, teacher, _ = make_distillation(torch.float32)
     for call in (full, top_k):
         with pytest.raises(BackendUnavailableError, match="native library is not part"):
             call(leaves, teacher, backend=Backend.NATIVE)
@@ -171,7 +145,7 @@ def test_explicit_backends_never_fall_back():
 
 @BOTH
 def test_retained_graphs_give_the_same_gradient_again(call):
-    leaves, teacher, _ = make_case()
+    leaves, teacher, _ = make_distillation()
     out = call(leaves, teacher)
     first = torch.autograd.grad(2.5 * out.sum(), leaves, retain_graph=True)
     second = torch.autograd.grad(2.5 * out.sum(), leaves, retain_graph=True)

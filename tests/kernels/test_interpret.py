@@ -6,7 +6,13 @@ import os
 import pytest
 import torch
 
-from xopd_kernels import Backend, linear_logprob, linear_policy_loss
+from xopd_kernels import (
+    Backend,
+    linear_divergence,
+    linear_logprob,
+    linear_policy_loss,
+    linear_topk_divergence,
+)
 from xopd_kernels.chunk import call
 from xopd_kernels.records import PolicyTerms
 from xopd_kernels.testing import (
@@ -230,6 +236,24 @@ def test_main_grad_takes_every_chunk_and_keeps_what_it_holds(op, chunk, monkeypa
     added = (inputs.weight.main_grad - 3.0).double() / 2
     assert inputs.weight.grad is None
     assert (added - expected).norm() < 4e-3 * expected.norm()  # bf16 d_logit
+
+
+@pytest.mark.parametrize("operator", [linear_divergence, linear_topk_divergence])
+def test_the_forward_pass_of_a_divergence_adds_to_main_grad(operator, monkeypatch):
+    set_chunk_rows(monkeypatch, 24)
+    student, teacher = (make_inputs(70, 90, 20, torch.bfloat16, seed=seed) for seed in (0, 1))
+    ids = torch.arange(70)[:, None] + torch.arange(5)
+    is_full = operator is linear_divergence
+    heads = teacher[:2] if is_full else (ids, torch.full(ids.shape, -2.0))
+    main_grads = []
+    for is_ahead in (False, True):
+        student.weight.main_grad = torch.full((90, 20), 0.5)
+        options = {"token_weight": torch.full((70,), 0.7), "main_grad_ahead": is_ahead, **TRITON}
+        loss = operator(*student[:2], *heads, **options).divergence.sum()
+        assert (student.weight.main_grad != 0.5).any() == is_ahead
+        loss.backward()
+        main_grads.append(student.weight.main_grad)
+    torch.testing.assert_close(*main_grads, rtol=1e-5, atol=1e-6)
 
 
 def test_target_out_of_range_raises_on_the_cpu():

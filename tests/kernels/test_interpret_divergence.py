@@ -350,24 +350,6 @@ def test_values_without_a_gradient_are_the_same(beta):
         assert all(torch.equal(a, b) for a, b in zip(rows, others, strict=True))
 
 
-@pytest.mark.parametrize("is_full", [True, False])
-def test_the_forward_pass_adds_to_main_grad(is_full, monkeypatch):
-    set_chunk_rows(monkeypatch, 6)
-    student, teacher, weight = make_pair((14, 300, 33), (317, 20), torch.bfloat16, PLAIN)
-    ids = torch.arange(14)[:, None] + torch.arange(5)
-    heads = teacher[:2] if is_full else (ids, torch.full(ids.shape, -2.0))
-    operator = linear_divergence if is_full else linear_topk_divergence
-    main_grads = []
-    for is_ahead in (False, True):
-        student.weight.main_grad = torch.full((300, 33), 0.5)
-        options = {"token_weight": weight, "main_grad_ahead": is_ahead, **TRITON}
-        loss = operator(*student[:2], *heads, **options).divergence.sum()
-        assert (student.weight.main_grad != 0.5).any() == is_ahead
-        loss.backward()
-        main_grads.append(student.weight.main_grad)
-    torch.testing.assert_close(*main_grads, rtol=1e-5, atol=1e-6)
-
-
 @triton.jit
 def mixture_kernel(log_p_ptr, log_q_ptr, out_ptr, beta, SIZE: tl.constexpr):
     at = tl.arange(0, SIZE)

@@ -12,44 +12,20 @@ from xopd_kernels import (
 )
 from xopd_kernels.linear_divergence import op as divergence_op
 from xopd_kernels.linear_topk_divergence import op as topk_op
+from xopd_kernels.testing.distillation import (
+    D_TEACHER,
+    V_TEACHER,
+    D,
+    N,
+    V,
+    full,
+    make_distillation,
+    make_top_k,
+    top_k,
+)
 
 FP64 = {"dtype": torch.float64}
 BETAS = [0.0, 0.3, 1.0]
-N, V, V_TEACHER, D, D_TEACHER, K = 13, 31, 37, 7, 5, 4
-
-
-def make_case(dtype=torch.float64, seed=0):
-    """Student leaves, the teacher, and per-token weights of which some are 0."""
-    rng = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=rng, dtype=torch.float64).to(dtype)
-
-    student = [draw(N, D), draw(V, D) / 2, draw(V)]
-    teacher = [draw(N, D_TEACHER), draw(V_TEACHER, D_TEACHER) / 2]
-    weight = torch.rand(N, generator=rng, dtype=torch.float64)
-    weight[::4] = 0.0
-    return [x.requires_grad_() for x in student], teacher, weight
-
-
-def make_top_k(teacher):
-    log_q = (teacher[0] @ teacher[1][:V].T).log_softmax(-1)
-    ids = log_q.topk(K).indices
-    return ids, log_q.gather(1, ids)
-
-
-def full(leaves, teacher, **options):
-    hidden, weight, bias = leaves
-    return linear_divergence(hidden, weight, *teacher, bias=bias, **options).divergence
-
-
-def top_k(leaves, teacher, **options):
-    hidden, weight, bias = leaves
-    return linear_topk_divergence(
-        hidden, weight, *make_top_k(teacher), bias=bias, **options
-    ).divergence
-
-
 BOTH = pytest.mark.parametrize("call", [full, top_k])
 
 
@@ -82,7 +58,7 @@ def assert_same_gradients(actual, expected, leaves):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_equals_the_dense_formula_in_fp64(beta, softcap):
-    leaves, teacher, weight = make_case()
+    leaves, teacher, weight = make_distillation()
     hidden, matrix, bias = leaves
     options = {"temperature": 0.7, "softcap": softcap, "logit_scale": 0.8}
     out = linear_divergence(
@@ -110,7 +86,7 @@ def test_equals_the_dense_formula_in_fp64(beta, softcap):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("tail", ["bucket", "ignore"])
 def test_top_k_equals_the_dense_formula_in_fp64(beta, tail):
-    leaves, teacher, weight = make_case()
+    leaves, teacher, weight = make_distillation()
     hidden, matrix, bias = leaves
     ids, logprob = make_top_k(teacher)
     out = linear_topk_divergence(
@@ -129,7 +105,7 @@ def test_top_k_equals_the_dense_formula_in_fp64(beta, tail):
 @BOTH
 @pytest.mark.parametrize("beta", BETAS)
 def test_gradcheck(call, beta):
-    leaves, teacher, weight = make_case()
+    leaves, teacher, weight = make_distillation()
     assert torch.autograd.gradcheck(
         lambda *x: call(x, teacher, beta=beta, softcap=3.0, token_weight=weight), leaves
     )
@@ -156,7 +132,7 @@ def test_bernoulli_by_hand(beta):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_heads_give_exactly_zero(beta, dtype):
-    (hidden, matrix, bias), _, _ = make_case(dtype)
+    (hidden, matrix, bias), _, _ = make_distillation(dtype)
     leaves = (hidden, matrix, bias)
     frozen = [x.detach() for x in leaves]
     out = linear_divergence(*leaves[:2], *frozen[:2], bias=bias, teacher_bias=frozen[2], beta=beta)
@@ -183,13 +159,13 @@ def test_small_divergences_keep_their_digits(beta):
 @BOTH
 @pytest.mark.parametrize("beta", BETAS)
 def test_divergences_are_never_negative(call, beta):
-    leaves, teacher, _ = make_case(torch.float32)
+    leaves, teacher, _ = make_distillation(torch.float32)
     assert (call(leaves, teacher, beta=beta) >= 0).all()
 
 
 def test_padding_rows_of_the_larger_vocabulary_hold_no_mass():
     """Zero-padded students would give p > 0 to classes that do not exist."""
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     cut = [teacher[0], teacher[1][:V]]
     padded = [teacher[0], torch.cat((teacher[1][:V], torch.full((9, D_TEACHER), 50.0, **FP64)))]
     expected = full((hidden, matrix, bias), cut)
@@ -204,7 +180,7 @@ def test_padding_rows_of_the_larger_vocabulary_hold_no_mass():
 @pytest.mark.parametrize("beta", BETAS)
 def test_classes_of_probability_zero(beta):
     """-inf on both sides counts nothing; on the side that is averaged over, neither."""
-    (hidden, matrix, _), teacher, _ = make_case()
+    (hidden, matrix, _), teacher, _ = make_distillation()
     bias, teacher_bias = torch.zeros(V, **FP64), torch.zeros(V_TEACHER, **FP64)
     bias[:5], teacher_bias[:5] = -torch.inf, -torch.inf
     out = linear_divergence(
@@ -225,7 +201,7 @@ def test_classes_of_probability_zero(beta):
 
 
 def test_all_ids_leave_an_empty_bucket():
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     log_q = (teacher[0] @ teacher[1][:V].T).log_softmax(-1)
     ids = torch.arange(V).expand(N, V)
     out = linear_topk_divergence(hidden, matrix, ids, log_q, bias=bias).divergence
@@ -238,7 +214,7 @@ def test_all_ids_leave_an_empty_bucket():
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_teacher_whose_ids_hold_all_mass_in_fp32_keeps_a_tail(beta):
     """1 - sum q rounds to 0: the reverse KL of any student would be inf."""
-    (hidden, matrix, bias), _, _ = make_case(torch.float32)
+    (hidden, matrix, bias), _, _ = make_distillation(torch.float32)
     ids, logprob = torch.tensor([[3, 5]]).expand(N, 2), torch.tensor([[-1e-9, -30.0]]).expand(N, 2)
     out = linear_topk_divergence(hidden, matrix, ids, logprob, beta=beta, bias=bias).divergence
     grads = torch.autograd.grad(out.sum(), (hidden, matrix, bias))
@@ -260,7 +236,7 @@ def test_a_tail_far_below_the_ids_keeps_its_mass():
 
 
 def test_the_order_of_the_ids_does_not_matter():
-    (hidden, matrix, _), teacher, _ = make_case()
+    (hidden, matrix, _), teacher, _ = make_distillation()
     ids, logprob = make_top_k(teacher)
     out = linear_topk_divergence(hidden, matrix, ids, logprob).divergence
     turned = linear_topk_divergence(hidden, matrix, ids.flip(1), logprob.flip(1)).divergence
@@ -279,7 +255,7 @@ def count_passes(monkeypatch, call):
 
 @BOTH
 def test_a_common_upstream_gradient_needs_no_second_pass(call, monkeypatch):
-    leaves, teacher, weight = make_case()
+    leaves, teacher, weight = make_distillation()
     passes = count_passes(monkeypatch, call)
     for reduce in (torch.sum, torch.mean, lambda x: (x * (weight != 0)).sum() / 3):
         out = call(leaves, teacher, token_weight=weight)
@@ -294,7 +270,7 @@ def test_a_common_upstream_gradient_needs_no_second_pass(call, monkeypatch):
 
 @BOTH
 def test_a_frozen_weight_takes_any_upstream_in_one_pass(call, monkeypatch):
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     upstream = torch.arange(N, **FP64)
     expected = torch.autograd.grad((call((hidden, matrix, bias), teacher) * upstream).sum(), hidden)
     frozen = (hidden, matrix.detach(), bias.detach())
@@ -307,7 +283,7 @@ def test_a_frozen_weight_takes_any_upstream_in_one_pass(call, monkeypatch):
 
 @BOTH
 def test_a_frozen_hidden_and_no_gradient_at_all(call):
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     whole = call((hidden, matrix, bias), teacher)
     expected = torch.autograd.grad(whole.sum(), (matrix, bias))
     out = call((hidden.detach(), matrix, bias), teacher)
@@ -320,7 +296,7 @@ def test_a_frozen_hidden_and_no_gradient_at_all(call):
 
 @BOTH
 def test_ignored_rows_are_not_read(call):
-    (hidden, matrix, bias), teacher, weight = make_case(torch.float32)
+    (hidden, matrix, bias), teacher, weight = make_distillation(torch.float32)
     dead = weight == 0
     hidden = hidden.detach().masked_fill(dead[:, None], torch.nan).requires_grad_()
     out = call((hidden, matrix, bias), teacher, token_weight=weight)
@@ -333,7 +309,7 @@ def test_ignored_rows_are_not_read(call):
 @BOTH
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_live_rows(call, rows):
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     hidden = hidden.detach()[:rows].requires_grad_()
     weight = torch.zeros(rows, **FP64)
     out = call((hidden, matrix, bias), [teacher[0][:rows], teacher[1]], token_weight=weight)
@@ -344,7 +320,7 @@ def test_no_live_rows(call, rows):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_budget_does_not_change_the_result(call, dtype):
-    leaves, teacher, weight = make_case(dtype)
+    leaves, teacher, weight = make_distillation(dtype)
 
     def run(budget):
         out = call(leaves, teacher, token_weight=weight, softcap=4.0, memory_budget_bytes=budget)
@@ -356,7 +332,7 @@ def test_the_budget_does_not_change_the_result(call, dtype):
 
 
 def test_only_the_divergence_has_a_gradient():
-    (hidden, matrix, _), teacher, _ = make_case()
+    (hidden, matrix, _), teacher, _ = make_distillation()
     trained = [x.requires_grad_() for x in teacher]
     out = linear_divergence(hidden, matrix, *trained)
     assert out.divergence.requires_grad
@@ -366,7 +342,7 @@ def test_only_the_divergence_has_a_gradient():
 
 
 def test_advantage_is_the_clamped_difference_of_the_log_probs():
-    (hidden, matrix, bias), teacher, _ = make_case()
+    (hidden, matrix, bias), teacher, _ = make_distillation()
     target = torch.arange(N) % V
     target[3] = -100
     out = reverse_kl_advantage(

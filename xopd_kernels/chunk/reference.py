@@ -85,9 +85,12 @@ class ChunkLogits(NamedTuple):
         if weight.dtype == dtype:
             yield slice(0, len(weight)), weight
             return
+        # One buffer: the caller still holds a tile when it asks for the next one.
+        buffer = weight.new_empty(min(step, len(weight)), weight.shape[1], dtype=dtype)
         for begin in range(0, len(weight), step):
             classes = slice(begin, min(begin + step, len(weight)))
-            yield classes, weight[classes].to(dtype)
+            tile = weight[classes]
+            yield classes, buffer[: len(tile)].copy_(tile)
 
     def fill(self, hidden: Tensor) -> Tensor:
         """The transformed logits of the chunk `hidden` [rows, D], in the buffer; fills `slope`."""

@@ -5,9 +5,11 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := setup.py $(wildcard csrc/*/*.h csrc/*/*.cpp)  # built by the pip install of the package
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help setup demo test check lint type test-interpret test-compile test-gpu smoke bench clean
+.PHONY: help setup demo test check lint type test-reference test-interpret test-compile test-sanitize test-gpu \
+	smoke bench bench-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -17,7 +19,7 @@ $(VENV)/torch: constraints.txt
 	$(PIP) setuptools '$(TORCH)'
 	@touch $@
 
-$(VENV)/train: $(VENV)/torch pyproject.toml constraints.txt
+$(VENV)/train: $(VENV)/torch pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) --no-build-isolation -e '.[train]'
 	@touch $@
 
@@ -39,11 +41,25 @@ demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 6 
 test: $(VENV)/peers  ## the tests that need no GPU and no interpreter
 	$(BIN)/python -m pytest -m "not interpret and not compile"
 
+test-reference: $(VENV)/peers  ## the tests of the operators on REFERENCE, where `test` has NATIVE
+	$(BIN)/python -m pytest --reference -m "not interpret and not compile and not gpu" \
+		tests/kernels --ignore tests/kernels/test_memory_plan.py \
+		--ignore tests/kernels/test_backend.py --ignore tests/kernels/test_vocab_parallel.py
+
 test-interpret: $(VENV)/peers  ## the Triton kernels in Triton's interpreter, on the CPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -m interpret
 
 test-compile: $(VENV)/dev  ## every tile compiled for sm_80, sm_90 and sm_100, without a GPU
 	$(BIN)/python -m pytest -m compile
+
+build/sanitize.so: $(NATIVE)
+	@mkdir -p build
+	$(CXX) -std=c++17 -g -O1 -march=native -fPIC -shared -Wall -Wextra -Werror -Icsrc \
+		-fsanitize=address,undefined -fno-sanitize-recover -o $@ $(filter %.cpp,$(NATIVE))
+
+test-sanitize: $(VENV)/dev build/sanitize.so  ## the native kernels under address and UB sanitizers
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(BIN)/python -m pytest -s tests/native --native-library=build/sanitize.so
 
 test-gpu: $(VENV)/dev  ## the device lane; skips where CUDA is missing and says so
 	$(BIN)/python -m pytest -m gpu
@@ -60,13 +76,18 @@ smoke: $(VENV)/dev  ## every benchmark on tiny shapes
 	$(BIN)/python -m benchmarks.linear_logprob --smoke
 	$(BIN)/python -m benchmarks.linear_policy_loss --smoke
 	$(BIN)/python -m benchmarks.linear_divergence --smoke
+	$(BIN)/python -m benchmarks.cpu --smoke
 
 bench: $(VENV)/dev  ## the benchmarks at full size
 	$(BIN)/python -m benchmarks.linear_logprob
 	$(BIN)/python -m benchmarks.linear_policy_loss
 	$(BIN)/python -m benchmarks.linear_divergence
 
-check: lint type test test-interpret test-compile smoke  ## what CI runs
+bench-cpu: $(VENV)/peers  ## every way to the same numbers on this CPU; hours, goes on where it ended
+	$(BIN)/python -m benchmarks.cpu --output benchmarks/results/cpu.jsonl
+
+check: lint type test test-reference test-interpret test-compile test-sanitize smoke  ## what CI runs
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build \
+		xopd_kernels/*.so

@@ -8,8 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from xopd_kernels import Backend, backend
+
 # Before any test imports transformers: a test that would download something fails instead.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The lane of the other CPU backend."""
+    parser.addoption(
+        "--reference",
+        action="store_true",
+        help="where a test leaves the backend to auto, take REFERENCE in place of NATIVE",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _reference(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.config.getoption("--reference"):
+        monkeypatch.setattr(backend, "_resolve_auto", lambda device, dtype: Backend.REFERENCE)
 
 
 @pytest.fixture(autouse=True)

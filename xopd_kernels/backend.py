@@ -1,7 +1,7 @@
 """Which implementation runs, and for each one that cannot run the reason in words.
 
-An explicit backend never falls back: it runs or it raises. "auto" takes TRITON on a CUDA device
-and REFERENCE elsewhere, and logs each choice once.
+An explicit backend never falls back: it runs or it raises. "auto" takes TRITON on a CUDA device,
+NATIVE on a CPU and REFERENCE elsewhere or where these cannot run, and logs each choice once.
 """
 
 import enum
@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from xopd_kernels import target
+from xopd_kernels import native, target
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ class Backend(enum.Enum):
 
     REFERENCE = "reference"  # eager torch, chunked over rows; any device; the numerical oracle
     TRITON = "triton"  # Triton kernels; CUDA, or CPU tensors in Triton's interpreter
-    NATIVE = "native"  # compiled C++/CUDA library
+    NATIVE = "native"  # GEMMs of torch, the rest in a compiled C++ library; CPU
 
 
 BackendChoice = Backend | Literal["auto"]
@@ -36,10 +36,12 @@ def unavailable_reason(backend: Backend, device: torch.device, dtype: torch.dtyp
     """Why `backend` cannot run on `device` with inputs of `dtype`; None if it can."""
     if backend is Backend.REFERENCE:
         return None
-    if backend is Backend.NATIVE:
-        return "the native library is not part of this release; use Backend.REFERENCE or TRITON"
     if dtype == torch.float64:
         return "its kernels accumulate in float32; float64 runs with Backend.REFERENCE"
+    if backend is Backend.NATIVE:
+        if device.type != "cpu":
+            return f"the tensors are on {device}; the native library runs on CPUs"
+        return native.unavailable_reason()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; install triton>=3.6"
     if device.type == "cuda":
@@ -69,14 +71,13 @@ def resolve(choice: str, device: torch.device, dtype: torch.dtype) -> Backend:
 @functools.cache
 def _resolve_auto(device: torch.device, dtype: torch.dtype) -> Backend:
     """Cached, so that the choice for one kind of input is logged once."""
-    if device.type != "cuda":
-        reason: str | None = f"{device.type} tensors"
-    else:
-        reason = unavailable_reason(Backend.TRITON, device, dtype)
-    backend = Backend.TRITON if reason is None else Backend.REFERENCE
-    # On a GPU the reference is a surprise, and slow: a warning shows without any configuration.
+    wished = {"cuda": Backend.TRITON, "cpu": Backend.NATIVE}.get(device.type, Backend.REFERENCE)
+    reason = unavailable_reason(wished, device, dtype)
+    backend = wished if reason is None else Backend.REFERENCE
+    # Slow where it is not wished for, which shows without any configuration; fp64 has no other.
+    is_surprise = reason is not None and dtype != torch.float64
     _LOGGER.log(
-        logging.WARNING if device.type == "cuda" and reason is not None else logging.INFO,
+        logging.WARNING if is_surprise else logging.INFO,
         "backend auto -> %s for %s on %s%s",
         backend.name,
         dtype,

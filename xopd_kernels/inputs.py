@@ -68,7 +68,7 @@ def prepare_head(
     check_group(vocab_group)
     given = weight
     hidden, weight, bias, group_name = local_shard(hidden, weight, bias, vocab_group, prefix)
-    main_grad = _main_grad(given, weight, prefix)
+    main_grad = None if prefix else _main_grad(given, weight)  # a teacher is a constant
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_head(hidden, weight, bias, transform, prefix)
     temperature, softcap, logit_scale = transform
@@ -149,13 +149,13 @@ def main_grad_to_add_ahead(head: HeadInputs, main_grad_ahead: bool) -> Tensor | 
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         raise NotImplementedError(
             "main_grad_ahead=True under saved-tensor hooks (torch.utils.checkpoint, save_on_cpu): "
-            "a forward pass that runs again would add d_weight to main_grad twice; take the "
-            "operator out of the checkpointed part, or leave main_grad_ahead out"
+            "where the forward pass runs again, it would add d_weight to main_grad twice; take "
+            "the operator out of their reach, or leave main_grad_ahead out"
         )
     return head.main_grad
 
 
-def _main_grad(given: Tensor, weight: Tensor, prefix: str) -> Tensor | None:
+def _main_grad(given: Tensor, weight: Tensor) -> Tensor | None:
     """The fp32 accumulator that a training framework keeps beside the weight, if it does.
 
     `weight` is what the operator reads of the weight `given`: itself, or this rank's shard.
@@ -163,9 +163,14 @@ def _main_grad(given: Tensor, weight: Tensor, prefix: str) -> Tensor | None:
     main_grad: Any = getattr(given, "main_grad", None)
     if main_grad is None or not weight.requires_grad or not torch.is_grad_enabled():
         return None
+    if not given.is_leaf:
+        raise ValueError(
+            "weight has main_grad but is no leaf: the gradient would end there, and never reach "
+            "what it was made from; set main_grad on the parameter and pass that"
+        )
     if given._backward_hooks:
         raise ValueError(
-            f"{prefix}weight has main_grad and gradient hooks; the hooks would see no gradient: "
+            "weight has main_grad and gradient hooks; the hooks would see no gradient: "
             "remove them or the attribute"
         )
     if weight is not given and isinstance(main_grad, type(given)):
@@ -173,8 +178,8 @@ def _main_grad(given: Tensor, weight: Tensor, prefix: str) -> Tensor | None:
         main_grad = shard.to_local()
     if torch.compiler.is_compiling():
         raise NotImplementedError(
-            f"{prefix}weight has main_grad, which torch.compile cannot update inside a backward "
-            "pass; call the operator outside the compiled region or remove the attribute"
+            "weight has main_grad, which torch.compile cannot update; call the operator outside "
+            "the compiled region or remove the attribute"
         )
     found = type(main_grad).__name__
     if isinstance(main_grad, Tensor):
@@ -187,7 +192,7 @@ def _main_grad(given: Tensor, weight: Tensor, prefix: str) -> Tensor | None:
             f"{main_grad.stride()}, for a weight of {weight.dtype}"
         )
     raise ValueError(
-        f"{prefix}weight.main_grad must be contiguous float32 {list(weight.shape)} on "
+        f"weight.main_grad must be contiguous float32 {list(weight.shape)} on "
         f"{weight.device}, beside a weight that is not fp64, got {found}"
     )
 

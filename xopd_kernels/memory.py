@@ -24,6 +24,7 @@ DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge
 MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
 MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
 TRITON_ROW_STEP = 128  # rows of a tile
+NATIVE_TILE_CLASSES = 1024  # of the GEMMs; their logits stay in the last-level cache
 _LEAST_PIECE_BYTES = 64
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
 
@@ -65,6 +66,22 @@ class Workload(NamedTuple):
         return any(self.wanted)
 
     @property
+    def models(self) -> int:
+        """Models whose logits the operator needs."""
+        return 1 + (self.operator is Operator.DIVERGENCE)
+
+    @property
+    def holds_fp32(self) -> bool:
+        """Whether gradients wait for their upstream gradient in fp32: see Call.held_dtype."""
+        is_ahead = self.operator is not Operator.LOGPROB and not self.adds_to_main_grad
+        return self.dtype == torch.float16 and is_ahead
+
+    @property
+    def has_narrow_d_weight(self) -> bool:
+        """Whether d_weight is handed out in 2 bytes."""
+        return self.dtype.itemsize == 2 and not self.holds_fp32
+
+    @property
     def arithmetic(self) -> torch.dtype:
         """The dtype of logits and sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
@@ -75,11 +92,11 @@ class MemoryPlan:
     """Bytes that a call allocates at its peak; the inputs are not counted."""
 
     chunk_rows: int  # rows whose logits exist at one time
-    logits_bytes: int  # [chunk_rows, V] buffers; 0 where no logits are stored
-    tile_bytes: int  # part of the weight in the dtype of the arithmetic (REFERENCE)
+    logits_bytes: int  # [chunk_rows, V] buffers; 0 where no logits are stored, or in d_weight
+    tile_bytes: int  # part of the weight in the dtype of the arithmetic (REFERENCE, NATIVE)
     block_bytes: int  # element-wise temporaries (REFERENCE); never beside the tile
     scratch_bytes: int  # copies of a chunk's hidden states, statistics
-    accumulator_bytes: int  # fp32 d_weight and d_bias that are rounded to their dtype at the end
+    accumulator_bytes: int  # fp32 gradients that are rounded to their dtype at the end
     row_bytes: int  # per-token statistics and results: some floats for each of the N tokens
     gradient_bytes: int  # d_hidden, d_weight, d_bias as they are handed out
 
@@ -104,14 +121,15 @@ def memory_plan(
 ) -> MemoryPlan:
     """The plan of a call on `backend` (TRITON: on a CUDA device); ValueError as in the call.
 
-    `memory_budget_bytes` bounds the workspace; None: 48 MiB (REFERENCE), 640 MB (TRITON), or
-    what 16 rows need if that is more. The fp32 sum of a narrower d_weight, and the gradients, come
-    on top, see the fields.
+    `memory_budget_bytes` bounds the workspace; None: 48 MiB (REFERENCE, NATIVE), 640 MB (TRITON),
+    or what 16 rows need if that is more. The fp32 sum of a narrower d_weight, and the gradients,
+    come on top, see the fields.
 
     Not counted, because they depend on how the inputs lie: a copy of hidden [N, D] whose leading
     dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight without unit stride
-    (TRITON), casts under autocast, and a second set of gradients where the upstream gradient of a
-    divergence differs from token to token.
+    (TRITON), casts under autocast, and a second set of gradients where the graph is kept
+    (retain_graph), where the upstream gradient of a divergence differs from token to token, or
+    where the teacher's vocabulary is the smaller one (torch pads d_weight).
 
     Example:
         >>> import torch
@@ -124,9 +142,12 @@ def memory_plan(
     wanted, size = work.wanted, work.dtype.itemsize
     needs = _Needs.of(work, backend)
     budget = _budget(needs, memory_budget_bytes)
+    if backend is Backend.NATIVE:
+        return _native_plan(work, needs, budget)
     chunk = _fitting_rows(work, needs, budget)
     has_d_weight = wanted.weight and not work.adds_to_main_grad
     weight_elements = work.vocab_size * (has_d_weight * work.dim + wanted.bias)
+    hidden_elements = work.rows * work.dim * wanted.hidden
     is_rounded = work.arithmetic != work.dtype
     return MemoryPlan(
         chunk_rows=chunk,
@@ -134,9 +155,10 @@ def memory_plan(
         tile_bytes=needs.tile(budget),
         block_bytes=needs.blocks(budget),
         scratch_bytes=chunk * needs.scratch,
-        accumulator_bytes=weight_elements * work.arithmetic.itemsize * is_rounded,
+        accumulator_bytes=weight_elements * work.arithmetic.itemsize * is_rounded
+        + 4 * hidden_elements * work.holds_fp32,
         row_bytes=work.rows * _statistics_bytes(work),
-        gradient_bytes=(work.rows * work.dim * wanted.hidden + weight_elements) * size,
+        gradient_bytes=(hidden_elements + weight_elements) * size,
     )
 
 
@@ -168,8 +190,8 @@ def _check(work: Workload, backend: Backend, budget: int | None) -> None:
             f"top_k must lie in [1, V] for TOPK_DIVERGENCE and be 0 for the others, got "
             f"{work.top_k} for {work.operator.name}"
         )
-    if backend is Backend.NATIVE or (backend is Backend.TRITON and work.dtype == torch.float64):
-        raise ValueError(f"backend {backend.name} does not run {work.dtype} in this release")
+    if backend is not Backend.REFERENCE and work.dtype == torch.float64:
+        raise ValueError(f"backend {backend.name} does not run {work.dtype}; REFERENCE does")
 
 
 @dataclass(frozen=True)
@@ -202,6 +224,8 @@ class _Needs:
             scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64 + 16 * work.top_k
             logits = stored * size * work.vocab_size
             return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
+        if backend is Backend.NATIVE:
+            return cls._of_native(work, error)
         # The slope of the softcap is kept beside the logits until they have become a gradient.
         has_slope = work.has_softcap and work.has_gradient
         row = size * work.vocab_size
@@ -215,6 +239,20 @@ class _Needs:
         widest = max(work.dim, work.teacher_dim) * size * (dtypes != {work.arithmetic})
         limit = widest * work.vocab_size
         return cls(logits, scratch, row, pieces, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error)
+
+    @classmethod
+    def _of_native(cls, work: Workload, error: str) -> "_Needs":
+        models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
+        tile = min(NATIVE_TILE_CLASSES, work.vocab_size)
+        logits = 4 * work.vocab_size * models if is_stored else 0
+        # A tile of logits or of their gradient; hidden states, those with a gradient, the gradient.
+        scratch = 4 * (tile + 3 * work.dim + work.teacher_dim + 32) + 72 * work.top_k
+        # In fp32: a tile of the weight, one of the teacher's, one of d_weight before it is rounded.
+        own, other = (x or work.dtype for x in (work.dtype, work.teacher_dtype))
+        row = 8 * work.dim * (own != torch.float32) + 4 * work.teacher_dim * (
+            other != torch.float32
+        )
+        return cls(logits, scratch, 0, 0, row, tile * row, 1, 1, DEFAULT_CPU_BYTES, error)
 
     def tile(self, budget: int) -> int:
         """Bytes of the weight tile: a quarter of the budget, whole classes, at least one."""
@@ -274,6 +312,61 @@ class Blocks(NamedTuple):
         return cls(classes, needs.block(budget) // needs.row, needs.piece(budget) // size)
 
 
+class Panel(NamedTuple):
+    """How NATIVE cuts its work. Rows beyond the overlay have their logits in the workspace."""
+
+    tile_classes: int  # classes whose GEMMs are done at a time
+    overlay_rows: int  # rows whose logits fit into the memory of d_weight, not written yet; or 0
+
+    @classmethod
+    def of(cls, work: Workload, memory_budget_bytes: int | None) -> "Panel":
+        """The panel within the budget."""
+        needs = _Needs.of(work, Backend.NATIVE)
+        return cls.within(work, needs, _budget(needs, memory_budget_bytes))
+
+    @classmethod
+    def within(cls, work: Workload, needs: _Needs, budget: int) -> "Panel":
+        """As `of`, for whoever has the needs already."""
+        tile = min(NATIVE_TILE_CLASSES, work.vocab_size)
+        if needs.tile_row:
+            tile = min(tile, max(1, needs.tile(budget) // needs.tile_row))
+        if not work.wanted.weight or work.adds_to_main_grad:
+            return cls(tile, 0)
+        words = work.dim
+        if work.has_narrow_d_weight:
+            words = work.dim // 2 if work.dim % 2 == 0 else 0
+        fitting = (budget - needs.tile(budget)) // needs.scratch
+        overlay = min(words // work.models, fitting, MAX_CHUNK_ROWS)
+        is_worth_it = overlay >= min(work.rows, _fitting_rows(work, needs, budget))
+        return cls(tile, overlay if is_worth_it else 0)
+
+
+def _native_plan(work: Workload, needs: _Needs, budget: int) -> MemoryPlan:
+    panel, rows = Panel.within(work, needs, budget), _fitting_rows(work, needs, budget)
+    overlay, wanted, chunk = min(panel.overlay_rows, work.rows), work.wanted, rows
+    uses_workspace, is_one_chunk = True, work.rows <= rows
+    if overlay > 0:
+        is_one_chunk = work.rows <= overlay
+        uses_workspace = not is_one_chunk and not work.has_narrow_d_weight
+        chunk = max(overlay, rows) if uses_workspace else overlay
+    logits = rows * needs.logits * uses_workspace
+    elements = work.vocab_size * work.dim * (wanted.weight and not work.adds_to_main_grad)
+    is_summed = work.dtype != torch.float32 and not (work.has_narrow_d_weight and is_one_chunk)
+    bias = work.vocab_size * wanted.bias
+    hidden = work.rows * work.dim * wanted.hidden
+    held = 4 * (elements * is_summed + bias * (work.dtype != torch.float32))
+    return MemoryPlan(
+        chunk_rows=chunk,
+        logits_bytes=logits,
+        tile_bytes=needs.tile(budget),
+        block_bytes=0,
+        scratch_bytes=max(rows * needs.scratch * uses_workspace, overlay * needs.scratch - logits),
+        accumulator_bytes=held + 4 * hidden * work.holds_fp32,
+        row_bytes=work.rows * _statistics_bytes(work),
+        gradient_bytes=(hidden + elements + bias) * work.dtype.itemsize,
+    )
+
+
 def _budget(needs: _Needs, given: int | None) -> int:
     if given is None:
         return max(needs.default_bytes, needs.smallest(DEFAULT_MIN_ROWS))
@@ -295,5 +388,5 @@ def _fitting_rows(work: Workload, needs: _Needs, budget: int) -> int:
 
 def _statistics_bytes(work: Workload) -> int:
     """Per-token statistics, inputs in another dtype or order, and results."""
-    models = 1 + (work.operator is Operator.DIVERGENCE)
-    return (12 + 8 * models + 2 * work.top_k) * work.arithmetic.itemsize + 16 * models
+    per_model = 8 * work.arithmetic.itemsize + 16
+    return (12 + 2 * work.top_k) * work.arithmetic.itemsize + per_model * work.models

@@ -112,8 +112,10 @@ def test_the_gradient_is_added_there_unrounded(loss_of, dtype):
     if dtype != torch.float32:
         rounded = (usual.weight.grad.double() - truth.weight.grad).norm()
         assert error < 1e-2 * rounded / truth.weight.grad.norm()
-    for name in ("hidden", "bias"):  # as without it
-        assert torch.equal(getattr(inputs, name).grad, getattr(usual, name).grad)
+    for name in ("hidden", "bias"):  # as without it, but for how the rows are cut into chunks
+        one, other = (getattr(x, name).grad.double() for x in (inputs, usual))
+        step = 2**-8 if dtype == torch.bfloat16 else 2**-11 if dtype == torch.float16 else 1e-6
+        assert (one - other).norm() <= step * other.norm()
 
 
 @LOSSES

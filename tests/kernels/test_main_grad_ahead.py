@@ -66,6 +66,37 @@ def test_the_same_gradients_as_in_the_backward_pass(call, dtype):
         assert torch.equal(getattr(ahead, name).grad, getattr(usual, name).grad)
 
 
+@pytest.mark.parametrize("is_ahead", [True, False])
+def test_a_teacher_of_fewer_classes(is_ahead):
+    """The classes beyond the teacher's keep what main_grad holds."""
+    inputs, teacher = make(torch.float32, value=0.25), make_inputs(SHAPE[0], 71, 8, torch.float32)
+    heads = (*inputs[:2], *(x.detach() for x in teacher[:2]))
+    out = linear_divergence(*heads, main_grad_ahead=is_ahead).divergence
+    exact = [x.detach().double().requires_grad_() for x in heads]
+    expected = linear_divergence(*exact).divergence
+    expected.sum().backward()
+    out.sum().backward()
+    added = inputs.weight.main_grad.double() - 0.25
+    torch.testing.assert_close(added, exact[1].grad, rtol=1e-4, atol=1e-6)
+    assert (added[71:] == 0).all() and added[:71].any()
+    assert inputs.weight.grad is None or not inputs.weight.grad.any()
+
+
+def test_torch_compile_without_fullgraph_runs_it_untraced():
+    inputs, usual = make(torch.float32), make(torch.float32)
+    torch.compile(policy, backend="aot_eager")(inputs).backward()
+    policy(usual).backward()
+    assert torch.equal(inputs.weight.main_grad, usual.weight.main_grad)
+
+
+def test_a_weight_that_is_no_leaf_raises():
+    inputs = make_inputs(*SHAPE, torch.float32)
+    weight = inputs.weight * 2
+    weight.main_grad = torch.zeros(SHAPE[1:])
+    with pytest.raises(ValueError, match="is no leaf"):
+        policy(inputs._replace(weight=weight))
+
+
 @CALLS
 def test_it_is_added_to_what_is_there(call):
     fresh, used = make(torch.bfloat16), make(torch.bfloat16, value=0.25)

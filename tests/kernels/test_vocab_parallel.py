@@ -49,7 +49,7 @@ class Setting(NamedTuple):
     def several_chunks(self, dtype: torch.dtype) -> "Setting":
         """With a budget that makes several chunks of the rows; checked for the widest shard."""
         wide = dtype == torch.float64
-        budget = 6144 if self.backend is Backend.TRITON else 8192 << wide
+        budget = {Backend.TRITON: 6144, Backend.NATIVE: 4096}.get(self.backend, 8192 << wide)
         widest = max(SPLITS[dist.get_world_size(self.group)])
         work = Workload(Operator.POLICY_LOSS, SHAPE[0], widest, SHAPE[2], dtype)
         assert 1 < memory_plan(work, self.backend, budget).chunk_rows < SHAPE[0]
@@ -208,11 +208,11 @@ def run_rank(rank: int, port: int, backend: Backend) -> None:
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocab"))["vocab"]
     for mesh in (init_device_mesh("cpu", (WORLD_SIZE,)), pairs):
         setting = Setting(mesh.get_group(), backend, 2**20)
-        is_triton = backend is Backend.TRITON
-        check_operators(torch.float32 if is_triton else torch.float64, setting)
+        is_narrow = backend is not Backend.REFERENCE
+        check_operators(torch.float32 if is_narrow else torch.float64, setting)
         check_operators(torch.bfloat16, setting)
         check_targets(setting)
-        if not is_triton:
+        if not is_narrow:
             check_dtensor(mesh)
             check_empty_shard(setting)
     dist.destroy_process_group()
@@ -241,8 +241,9 @@ def run_ranks(backend: Backend, folder: Path) -> None:
     assert not failed, (folder / f"{failed[0]}.log").read_text()
 
 
-def test_shards_equal_the_whole(tmp_path):
-    run_ranks(Backend.REFERENCE, tmp_path)
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.NATIVE])
+def test_shards_equal_the_whole(backend, tmp_path):
+    run_ranks(backend, tmp_path)
 
 
 @pytest.mark.interpret

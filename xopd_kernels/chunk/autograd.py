@@ -1,5 +1,6 @@
 """Autograd that the operators share: gradients computed ahead, scaled when they are asked for."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -78,9 +79,20 @@ def compute_ahead(
     """
 
     def forward() -> tuple[tuple[Tensor, ...], HeadGradient]:
-        return run(tensors, scalars, wanted, GradientSink(main_grad))
+        # Not held: the upstream gradient is 1.
+        return run(tensors, scalars, wanted, GradientSink(main_grad, is_held=False))
 
-    return _AddedAhead.apply(*tensors[:3], tensors[-1], forward)  # type: ignore[no-untyped-call]
+    return _untraced()(*tensors[:3], tensors[-1], forward)
+
+
+@functools.cache
+def _untraced() -> Callable[..., Any]:
+    """_AddedAhead without torch.compile, which refuses main_grad, but then traces what it calls.
+
+    Made on first use, because torch.compiler.disable imports the compiler.
+    """
+    untraced: Callable[..., Any] = torch.compiler.disable(_AddedAhead.apply)
+    return untraced
 
 
 class _AddedAhead(torch.autograd.Function):
@@ -112,11 +124,11 @@ class _AddedAhead(torch.autograd.Function):
                 "main_grad_ahead=True takes one backward pass, this is the second: d_weight was "
                 "added to main_grad once, in the forward pass"
             )
-        ctx.is_spent = True
         token_weight, *gradient = ctx.saved_tensors
         if token_weight is not None and upstream.ndim > 0:
             upstream = torch.where(token_weight != 0, upstream, 1.0)
         _check_is_one(upstream)
+        ctx.is_spent = True
         wanted = Wanted(*ctx.needs_input_grad[:3])._replace(weight=False)
         return (*read_gradients(tuple(gradient), wanted, None), None, None)
 

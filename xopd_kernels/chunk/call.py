@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend
-from xopd_kernels.memory import Blocks, Workload, chunk_rows
+from xopd_kernels.memory import Blocks, Panel, Workload, chunk_rows
 from xopd_kernels.records import Head, Wanted
 from xopd_kernels.shard import VocabShard
 
@@ -19,6 +19,7 @@ class Call(NamedTuple):
     work: Workload
     step: int  # rows of a chunk
     blocks: Blocks  # of REFERENCE
+    panel: Panel  # of NATIVE
 
     @classmethod
     def of(cls, head: Head, work: Workload, backend: Backend, budget: int | None) -> "Call":
@@ -28,9 +29,9 @@ class Call(NamedTuple):
         # uneven the shards, or their collectives would not meet.
         work = work._replace(vocab_size=shard.largest)
         step = chunk_rows(work, backend, budget)
-        is_reference = backend is Backend.REFERENCE
-        blocks = Blocks.of(work, budget) if is_reference else Blocks(0, 0, 0)
-        return cls(head, shard, work, step, blocks)
+        blocks = Blocks.of(work, budget) if backend is Backend.REFERENCE else Blocks(0, 0, 0)
+        panel = Panel.of(work, budget) if backend is Backend.NATIVE else Panel(0, 0)
+        return cls(head, shard, work, step, blocks, panel)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -77,7 +77,8 @@ def linear_divergence(
     Raises:
         TypeError, ValueError: an input is wrong; nothing was computed.
         BackendUnavailableError: an explicit backend cannot run here.
-        RuntimeError: the gradient is differentiated again.
+        NotImplementedError: a weight is sharded over its vocabulary; else as `linear_policy_loss`.
+        RuntimeError: the gradient is differentiated again; `main_grad_ahead` was promised wrongly.
 
     Example:
         >>> import torch

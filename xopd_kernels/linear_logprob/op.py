@@ -17,8 +17,7 @@ from xopd_kernels.chunk.autograd import (
     refuse_graph_of_main_grad,
 )
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.linear_logprob import reference
-from xopd_kernels.memory import Operator, Workload, chunk_rows
+from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import Head, HeadGradient, LinearLogprob, Transform, Wanted
 
 _ALL = Wanted(hidden=True, weight=True, bias=True)
@@ -49,14 +48,16 @@ def linear_logprob_op(
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     chosen = resolve(backend, hidden.device, hidden.dtype)
     work = _workload(hidden, head, Wanted(False, False, False), needs_entropy)
+    if needs_gradient:  # first, as it needs more
+        Call.of(head, work._replace(wanted=_ALL), chosen, memory_budget_bytes)
     call = Call.of(head, work, chosen, memory_budget_bytes)
-    if needs_gradient:
-        chunk_rows(call.work._replace(wanted=_ALL), chosen, memory_budget_bytes)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import forward
-
-        return forward(call, hidden, target, ignore_index)
-    return reference.forward(call, hidden, target, ignore_index)
+    elif chosen is Backend.NATIVE:
+        from xopd_kernels.linear_logprob.native import forward
+    else:
+        from xopd_kernels.linear_logprob.reference import forward
+    return forward(call, hidden, target, ignore_index)
 
 
 def _workload(hidden: Tensor, head: Head, wanted: Wanted, needs_entropy: bool) -> Workload:
@@ -133,12 +134,15 @@ def _run_backward(
     ignore_index, budget, backend = options
     chosen = resolve(backend, hidden.device, hidden.dtype)
     work = _workload(hidden, head, wanted, upstream.entropy.numel() > 0)
+    work = work._replace(adds_to_main_grad=main_grad is not None)
     call = Call.of(head, work, chosen, budget)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import backward
-
-        return backward(call, upstream, entropy, hidden, target, ignore_index, main_grad)
-    return reference.backward(call, upstream, entropy, hidden, target, ignore_index, main_grad)
+    elif chosen is Backend.NATIVE:
+        from xopd_kernels.linear_logprob.native import backward
+    else:
+        from xopd_kernels.linear_logprob.reference import backward
+    return backward(call, upstream, entropy, hidden, target, ignore_index, main_grad)
 
 
 @linear_logprob_backward_op.register_fake

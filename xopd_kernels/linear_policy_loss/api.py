@@ -94,7 +94,10 @@ def linear_policy_loss(
             With `teacher_logprob` or `old_logprob` the loss and the gradients are NaN then;
             with `advantage` alone they are finite, and the row's gradient lacks its target.
         BackendUnavailableError: an explicit backend cannot run here.
-        RuntimeError: the gradient is differentiated again.
+        NotImplementedError: under forward-mode differentiation; a weight with main_grad under
+            torch.compile; `main_grad_ahead` under saved-tensor hooks, as activation checkpointing
+            runs the forward pass again.
+        RuntimeError: the gradient is differentiated again; `main_grad_ahead` was promised wrongly.
 
     Example:
         >>> import torch

@@ -19,7 +19,6 @@ from xopd_kernels.chunk.autograd import (
     scaled_gradients,
 )
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.linear_policy_loss import reference
 from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import GradientSink, Head, HeadGradient, PolicyLoss, PolicyTerms, Wanted
 
@@ -38,15 +37,18 @@ def run(
     per_token = (teacher_logprob, advantage, old_logprob, token_weight)
     terms = PolicyTerms(*per_token, low, high, clamp)
     work = Workload.of(Operator.POLICY_LOSS, hidden, weight, wanted)._replace(
-        has_softcap=softcap is not None
+        has_softcap=softcap is not None,
+        adds_to_main_grad=sink.main_grad is not None,
     )
     chosen = resolve(backend, hidden.device, hidden.dtype)
     call = Call.of(head, work, chosen, budget)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_policy_loss.triton import forward
-
-        return forward(call, hidden, target, terms, ignore_index, sink)
-    return reference.forward(call, hidden, target, terms, ignore_index, sink)
+    elif chosen is Backend.NATIVE:
+        from xopd_kernels.linear_policy_loss.native import forward
+    else:
+        from xopd_kernels.linear_policy_loss.reference import forward
+    return forward(call, hidden, target, terms, ignore_index, sink)
 
 
 @torch.library.custom_op("xopd_kernels::linear_policy_loss", mutates_args=())

@@ -32,21 +32,21 @@ def forward(
     softmax = ChunkSoftmax.of(call, target, live)
     gradient = GradientSum.of(hidden, softmax.logits, live, sink)
     terms = terms.map(lambda values: live.take(values).to(call.dtype))
-    rows = _Rows.empty(live.live, softmax.logits.buffer)
+    rows = Rows.empty(live.live, softmax.logits.buffer)
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         stats = softmax.forward(chunk_hidden, part)
         token = token_loss(stats.logprob, terms.map(operator.itemgetter(part)))
-        rows.put(part, stats, token)
+        rows.put(part, stats.logprob, stats.lse, token)
         if call.work.has_gradient:
-            alive = _alive(token.coefficient)
+            alive = alive_rows(token.coefficient)
             d_logit = _logit_gradient_(softmax, stats, token.coefficient, alive)
             gradient.add(part, chunk_hidden, d_logit, alive)
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
     return result, gradient.result()
 
 
-def _alive(coefficient: Tensor) -> Tensor | None:
+def alive_rows(coefficient: Tensor) -> Tensor | None:
     """The rows [n] whose coefficient is not 0 (clipped, no advantage); None if that is all."""
     alive = coefficient.nonzero().squeeze(1)
     return None if len(alive) == len(coefficient) else alive
@@ -67,7 +67,7 @@ def _logit_gradient_(
     return d_logit
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The per-token results of the live rows, filled chunk by chunk; field order of PolicyLoss."""
 
     loss: Tensor
@@ -78,12 +78,14 @@ class _Rows(NamedTuple):
     is_clipped: Tensor
 
     @classmethod
-    def empty(cls, count: int, like: Tensor) -> "_Rows":
+    def empty(cls, count: int, like: Tensor) -> "Rows":
+        """Uninitialised, in the dtype of `like`."""
         values = [like.new_empty(count) for _ in range(5)]
         return cls._make([*values, like.new_empty(count, dtype=torch.bool)])
 
-    def put(self, part: slice, stats: ChunkStats, token: "TokenLoss") -> None:
-        self.loss[part], self.logprob[part], self.lse[part] = token.loss, stats.logprob, stats.lse
+    def put(self, part: slice, logprob: Tensor, lse: Tensor, token: "TokenLoss") -> None:
+        """Fill a chunk."""
+        self.loss[part], self.logprob[part], self.lse[part] = token.loss, logprob, lse
         self.advantage[part], self.ratio[part] = token.advantage, token.ratio
         self.is_clipped[part] = token.is_clipped
 

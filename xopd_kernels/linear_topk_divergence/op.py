@@ -13,7 +13,6 @@ from xopd_kernels.backend import Backend, resolve
 from xopd_kernels.chunk.autograd import Tensors, Triple
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.rows import Results, RowOperator
-from xopd_kernels.linear_topk_divergence import reference
 from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import GradientSink, Head, HeadGradient, LinearDivergence, TopK, Wanted
 
@@ -29,15 +28,19 @@ def run(
     head = Head(weight, bias, temperature, softcap, scale, "")
     teacher = TopK(teacher_ids, teacher_logprob, has_tail)
     work = Workload.of(Operator.TOPK_DIVERGENCE, hidden, weight, wanted)._replace(
-        top_k=teacher_ids.shape[1], has_softcap=softcap is not None
+        top_k=teacher_ids.shape[1],
+        has_softcap=softcap is not None,
+        adds_to_main_grad=sink.main_grad is not None,
     )
     chosen = resolve(backend, hidden.device, hidden.dtype)
     call = Call.of(head, work, chosen, budget)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_topk_divergence.triton import forward
-
-        return forward(call, hidden, teacher, token_weight, beta, sink)
-    return reference.forward(call, hidden, teacher, token_weight, beta, sink)
+    elif chosen is Backend.NATIVE:
+        from xopd_kernels.linear_topk_divergence.native import forward
+    else:
+        from xopd_kernels.linear_topk_divergence.reference import forward
+    return forward(call, hidden, teacher, token_weight, beta, sink)
 
 
 _ROWS = RowOperator(run, tensors=6)

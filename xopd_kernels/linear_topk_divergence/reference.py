@@ -1,5 +1,7 @@
 """The divergence from a teacher's top-k log-probs in eager torch: Backend.REFERENCE."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -55,33 +57,61 @@ def _fill_rows(z: Tensor, teacher: TopK, weight: Tensor, beta: float, out: Tenso
 
     The mass of the other classes is summed over them: 1 - sum p would cancel.
     """
-    maximum = z.amax(1)
-    maximum = maximum.where(maximum != -torch.inf, 0.0)
-    z.sub_(maximum[:, None])
     at_ids = z.gather(1, teacher.ids)
-    # The tail has a maximum of its own: far below the ids, exp(z - maximum) is 0 in all of it.
     top = z.scatter_(1, teacher.ids, -torch.inf).amax(1)
-    top = top.where(top != -torch.inf, 0.0)
-    rest = z.sub_(top[:, None]).exp_().sum(1)
+    rest = z.sub_(top.where(top != -torch.inf, 0.0)[:, None]).exp_().sum(1)
+    has_rest = teacher.ids.shape[1] < z.shape[1]
+    terms = top_k_terms(at_ids, top, rest, teacher, weight, beta, has_rest)
+    out[0], out[1], out[2] = terms.value, terms.lse, terms.teacher_lse
+    z.mul_(terms.of_rest[:, None])
+    z.scatter_(1, teacher.ids, terms.at_ids)
+
+
+class TopKTerms(NamedTuple):
+    """A chunk's results, and d_z: `at_ids` at the ids, `of_rest` * exp(z - top) elsewhere."""
+
+    value: Tensor  # [rows]
+    lse: Tensor
+    teacher_lse: Tensor
+    of_rest: Tensor
+    at_ids: Tensor  # [rows, K]
+
+
+def top_k_terms(
+    at_ids: Tensor,
+    top: Tensor,
+    rest: Tensor,
+    teacher: TopK,
+    weight: Tensor,
+    beta: float,
+    has_rest: bool,
+) -> TopKTerms:
+    """From the logits of the ids [rows, K] and, of all other classes, maximum and sum [rows].
+
+    The others have a maximum `top` of their own (-inf if there are none), `rest` is their sum of
+    exp(z - top): far below the ids, exp(z - maximum) is 0 in all of it.
+    """
+    maximum = torch.maximum(top, at_ids.amax(1))
+    maximum = maximum.where(maximum != -torch.inf, 0.0)
+    at_ids = at_ids - maximum[:, None]
+    top = torch.where(top != -torch.inf, top - maximum, 0.0)
     total = rest * top.exp() + at_ids.exp().sum(1)
     log_total = total.log()
     teacher_lse = teacher.logprob.logsumexp(1)
     log_p, log_q = at_ids - log_total[:, None], teacher.logprob
     if teacher.has_tail:
         log_rest = torch.log((-teacher_lse.expm1()).clamp(min=TAIL_FLOOR))
-        if teacher.ids.shape[1] == z.shape[1]:  # no class is left
+        if not has_rest:
             log_rest = torch.full_like(log_rest, -torch.inf)
         log_p = torch.cat((log_p, (top + rest.log() - log_total)[:, None]), 1)
         log_q = torch.cat((log_q, log_rest[:, None]), 1)
     value, slope = row_divergence(log_p, log_q, beta, is_normalised=teacher.has_tail)
-    out[0], out[1], out[2] = value * weight, maximum + log_total, teacher_lse
     # d value / d z_v = slope_v - p_v * sum(slope) for an id; a class of the tail has the share
-    # p_v / p_rest of the slope of the tail. z holds exp(z - maximum - top) there, 0 at the ids.
+    # p_v / p_rest of the slope of the tail.
     g = slope.sum(1)
-    of_tail = -g * top.exp() / total
+    of_rest = -g * top.exp() / total
     if teacher.has_tail:
-        of_tail = of_tail + torch.where(rest > 0, slope[:, -1] / rest, 0.0)
-    z.mul_((of_tail * weight)[:, None])
-    k = teacher.ids.shape[1]
-    at_ids = (slope[:, :k] - log_p[:, :k].exp() * g[:, None]) * weight[:, None]
-    z.scatter_(1, teacher.ids, at_ids)
+        of_rest = of_rest + torch.where(rest > 0, slope[:, -1] / rest, 0.0)
+    k = at_ids.shape[1]
+    d_ids = (slope[:, :k] - log_p[:, :k].exp() * g[:, None]) * weight[:, None]
+    return TopKTerms(value * weight, maximum + log_total, teacher_lse, of_rest * weight, d_ids)

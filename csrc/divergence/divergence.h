@@ -1,0 +1,44 @@
+// Divergences of two models over a block of logits, and their gradient.
+#pragma once
+
+#include "common/abi.h"
+#include "common/logits.h"
+#include "common/parallel.h"
+
+extern "C" {
+
+// One model: log p = (z - maximum) - log_total.
+struct xopd_side {
+  xopd_logits logits;
+  const float* maximum;    // [rows]
+  const float* log_total;  // [rows]
+};
+
+// value and slope_sum grow by the terms of a tile of classes.
+struct xopd_divergence {
+  xopd_side student;
+  xopd_side teacher;
+  int64_t rows;
+  int64_t classes;
+  double beta;
+  double* value;      // [rows]
+  double* slope_sum;  // [rows] sum of u = d value / d log p
+};
+
+// out = slope(x) * weight * (u - p * slope_sum), x and p of the student.
+struct xopd_divergence_gradient {
+  xopd_side student;
+  xopd_side teacher;
+  int64_t rows;
+  int64_t classes;
+  double beta;
+  const float* slope_sum;  // [rows]
+  const float* weight;     // [rows]
+  float* out;              // [rows, classes]
+  int64_t out_row_stride;
+};
+
+XOPD_EXPORT int32_t xopd_add_divergence(const xopd_divergence* call, xopd_parallel_for* parallel);
+XOPD_EXPORT int32_t xopd_write_divergence_gradient(const xopd_divergence_gradient* call,
+                                                   xopd_parallel_for* parallel);
+}

@@ -1,0 +1,154 @@
+#include <cmath>
+
+#include "softmax/softmax.h"
+
+namespace xopd {
+namespace {
+
+constexpr float LOG_ZERO = -1000.0f;  // exp(LOG_ZERO) is 0; keeps 0 * log(0) at 0, not NaN
+
+// visit(k, ids[k] - first) for the ids of a row that lie in [first, end).
+template <class Visit>
+void for_ids(const int64_t* ids, int64_t count, int64_t first, int64_t end, const Visit& visit) {
+  for (int64_t k = std::lower_bound(ids, ids + count, first) - ids; k < count; ++k) {
+    // Ids that do not ascend, against the contract, must not lead out of the piece.
+    if (ids[k] < first || ids[k] >= end) break;
+    visit(k, ids[k] - first);
+  }
+}
+
+float largest_of(const Buffer& z, int64_t count) {
+  Floats lanes[UNROLL] = {splat(-INF), splat(-INF), splat(-INF), splat(-INF)};
+  for (int64_t i = 0; i < count; i += STEP) {
+    for (int64_t k = 0; k < UNROLL; ++k) {
+      lanes[k] = larger(load(z.values + i + k * WIDTH), lanes[k]);
+    }
+  }
+  return largest(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3])));
+}
+
+// Statistics of one row so far: exp and its moment about `maximum`.
+struct RowStatistics {
+  float maximum;
+  double total;
+  double moment;
+
+  // Takes `found` as the maximum if it is larger.
+  void raise(float found) {
+    if (!(found > maximum)) return;
+    // Nothing but 0 or NaN stands in the sums of a row whose maximum is -inf: they stay.
+    if (maximum != -INF) {
+      const double shift = static_cast<double>(maximum) - static_cast<double>(found);
+      const double factor = std::exp(shift);
+      moment = factor == 0.0 ? factor * moment : factor * (moment + shift * total);
+      total *= factor;
+    }
+    maximum = found;
+  }
+
+  template <bool HAS_MOMENT>
+  void add(const Buffer& z, int64_t count) {
+    raise(largest_of(z, count));
+    const Floats reference = splat(maximum == -INF ? 0.0f : maximum);
+    Sum totals, moments;
+    for (int64_t i = 0; i < count; i += STEP) {
+      for (int64_t k = 0; k < UNROLL; ++k) {
+        const Floats shifted = load(z.values + i + k * WIDTH) - reference;
+        const Floats e = exp(shifted);
+        totals.lanes[k] += e;
+        if (HAS_MOMENT) moments.lanes[k] += e * at_least(shifted, splat(LOG_ZERO));
+      }
+    }
+    total += totals.total();
+    if (HAS_MOMENT) moment += moments.total();
+  }
+};
+
+template <bool HAS_MOMENT>
+void add_row(const xopd_statistics& call, int64_t row) {
+  Buffer z;
+  RowStatistics statistics{call.maximum[row], call.total[row], HAS_MOMENT ? call.moment[row] : 0.0};
+  const int64_t* ids = call.ids + row * call.id_count;
+  float* at_ids = call.at_ids + row * call.id_count;
+  for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
+    const int64_t count = std::min(PIECE, call.classes - begin);
+    transform(call.logits, row, begin, count, z, nullptr);
+    const int64_t first = call.first_class + begin;
+    for_ids(ids, call.id_count, first, first + count, [&](int64_t k, int64_t at) {
+      at_ids[k] = z.values[at];
+      if (call.excludes_ids != 0) z.values[at] = -INF;
+    });
+    statistics.add<HAS_MOMENT>(z, padded(count));
+  }
+  call.maximum[row] = statistics.maximum;
+  call.total[row] = statistics.total;
+  if (HAS_MOMENT) call.moment[row] = statistics.moment;
+}
+
+template <bool HAS_GAMMA>
+void write_piece(const xopd_gradient& call, int64_t row, const Buffer& z, const Buffer* slope,
+                 int64_t count, float* out) {
+  const Floats maximum = splat(call.maximum[row]), scale = splat(call.logits.scale);
+  const Floats alpha = splat(call.alpha[row]);
+  const Floats gamma = splat(HAS_GAMMA ? call.gamma[row] : 0.0f);
+  const auto value = [&](int64_t at) {
+    const Floats shifted = load(z.values + at) - maximum;
+    Floats factor = alpha;
+    if (HAS_GAMMA) factor = gamma * at_least(shifted, splat(LOG_ZERO)) + alpha;
+    return exp(shifted) * factor * (slope == nullptr ? scale : load(slope->values + at));
+  };
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(out + i, value(i));
+  if (i < count) store_part(out + i, value(i), count - i);
+}
+
+template <bool HAS_GAMMA>
+void write_row(const xopd_gradient& call, int64_t row) {
+  Buffer z, slopes;
+  Buffer* slope = call.logits.cap == 0.0f ? nullptr : &slopes;
+  const int64_t source = call.row_of == nullptr ? row : call.row_of[row];
+  const int64_t* ids = call.ids + row * call.id_count;
+  const float* at_ids = call.at_ids + row * call.id_count;
+  for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
+    const int64_t count = std::min(PIECE, call.classes - begin);
+    float* out = call.out + row * call.out_row_stride + begin;
+    transform(call.logits, source, begin, count, z, slope);
+    write_piece<HAS_GAMMA>(call, row, z, slope, count, out);
+    const int64_t first = call.first_class + begin;
+    for_ids(ids, call.id_count, first, first + count, [&](int64_t k, int64_t at) {
+      out[at] = at_ids[k] * (slope == nullptr ? call.logits.scale : slope->values[at]);
+    });
+  }
+}
+
+}  // namespace
+}  // namespace xopd
+
+extern "C" {
+
+int32_t xopd_abi_version() { return XOPD_ABI_VERSION; }
+
+int32_t xopd_add_statistics(const xopd_statistics* call, xopd_parallel_for* parallel) {
+  return xopd::for_rows(parallel, call->rows, call->classes, [call](int64_t row) {
+    if (call->moment == nullptr) {
+      xopd::add_row<false>(*call, row);
+    } else {
+      xopd::add_row<true>(*call, row);
+    }
+  });
+}
+
+int32_t xopd_write_gradient(const xopd_gradient* call, xopd_parallel_for* parallel) {
+  for (int64_t row = 0; call->row_of != nullptr && row < call->rows; ++row) {
+    const int64_t source = call->row_of[row];
+    if (source < 0 || source >= call->logit_rows) return XOPD_ROW_OUT_OF_RANGE;
+  }
+  return xopd::for_rows(parallel, call->rows, call->classes, [call](int64_t row) {
+    if (call->gamma == nullptr) {
+      xopd::write_row<false>(*call, row);
+    } else {
+      xopd::write_row<true>(*call, row);
+    }
+  });
+}
+}

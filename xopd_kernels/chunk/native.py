@@ -1,0 +1,316 @@
+"""Two sweeps over the vocabulary: what every Backend.NATIVE implementation is made of.
+
+For a chunk of rows, sweep one computes the logits tile by tile of classes (a GEMM of torch) and
+folds them into row statistics (native code, while the tile is in the cache); sweep two turns each
+tile into its gradient and multiplies it with the weight and the hidden states. Between the two the
+logits lie in the memory of d_weight, whose rows are not written yet: a tile of d_weight replaces
+the tile of logits that it is made from. So a chunk has up to D rows at no cost, and the GEMMs are
+large. Where there is no such memory (a frozen weight, main_grad, later chunks in fp32) they lie in
+the workspace. Everything is fp32; bf16 and fp16 weights are upcast tile by tile.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels import native
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
+from xopd_kernels.records import GradientSink, Head, HeadGradient
+from xopd_kernels.validation import check_target_range
+
+Write = Callable[[slice, Tensor], None]  # (tile, out [rows, T])
+
+
+class Model(NamedTuple):
+    """A head, cut into tiles of classes."""
+
+    head: Head
+    step: int  # classes of a tile
+    buffer: Tensor | None  # [step, D] fp32; None if the weight is fp32 itself
+
+    @classmethod
+    def of(cls, head: Head, step: int) -> "Model":
+        """Allocate the buffer that weights are upcast into."""
+        weight = head.weight
+        if weight.dtype == torch.float32:
+            return cls(head, step, None)
+        return cls(head, step, weight.new_empty(step, weight.shape[1], dtype=torch.float32))
+
+    def tiles(self) -> Iterator[slice]:
+        """The classes, tile by tile."""
+        classes = len(self.head.weight)
+        for begin in range(0, classes, self.step):
+            yield slice(begin, min(begin + self.step, classes))
+
+    def weight(self, tile: slice) -> Tensor:
+        """The weight [T, D] of a tile in fp32, valid until the next one is asked for."""
+        weight = self.head.weight[tile]
+        return weight if self.buffer is None else self.buffer[: len(weight)].copy_(weight)
+
+    def logits(self, x: Tensor, tile: slice) -> native.Logits:
+        """The logits of the linear outputs `x` [rows, T]."""
+        bias = self.head.bias
+        return native.Logits(
+            x, None if bias is None else bias[tile].float(), *self.head.scale_and_cap
+        )
+
+
+class Store(NamedTuple):
+    """Where the linear outputs of a chunk lie, tile by tile."""
+
+    words: Tensor  # fp32, flat
+    words_of_class: int  # 0: every tile at the same place, nothing is kept
+
+    def block(self, tile: slice, rows: int, place: int) -> Tensor:
+        """The outputs [rows, T] of a tile; `place` tells models apart."""
+        size = rows * (tile.stop - tile.start)
+        begin = tile.start * self.words_of_class + place * size
+        return self.words[begin : begin + size].view(rows, -1)
+
+
+class Chunk(NamedTuple):
+    """Some live rows of a model, and where their logits lie."""
+
+    part: slice  # of the live rows
+    hidden: Tensor  # [rows, D] fp32
+    store: Store
+    place: int = 0  # 1: those of the teacher, beside the student's
+
+    def fill(self, model: Model, tile: slice) -> native.Logits:
+        """The logits of a tile, computed."""
+        x = self.store.block(tile, len(self.hidden), self.place)
+        return model.logits(torch.mm(self.hidden, model.weight(tile).t(), out=x), tile)
+
+    def kept(self, model: Model, tile: slice) -> native.Logits:
+        """The logits of a tile that was filled before."""
+        return model.logits(self.store.block(tile, len(self.hidden), self.place), tile)
+
+
+class GradientSum(NamedTuple):
+    """d_hidden, d_weight and d_bias, summed tile by tile over the chunks."""
+
+    call: Call
+    model: Model
+    live: LiveRows
+    hidden: Tensor | None  # [N, D] as it is handed out; each row is written once
+    weight: Tensor | None  # [V, D] as it is handed out, or main_grad
+    total: Tensor | None  # [V, D] fp32 sum of the chunks; None: one chunk, rounded tile by tile
+    bias: Tensor | None  # [V] fp32
+    d_tile: Tensor | None  # [step, D] fp32: a tile of d_weight before it is rounded
+    sink: GradientSink
+
+    @classmethod
+    def of(
+        cls, call: Call, model: Model, hidden: Tensor, live: LiveRows, sink: GradientSink
+    ) -> "GradientSum":
+        """Buffers for what is wanted of `hidden` [N, D]."""
+        weight, wanted, fp32 = call.head.weight, call.wanted, torch.float32
+        out_dtype = call.held_dtype if sink.is_held else hidden.dtype
+        out = total = d_tile = None
+        longest = call.panel.overlay_rows or call.step
+        if wanted.weight:
+            dtype = fp32 if sink.keeps_fp32 else out_dtype
+            # new_empty, not empty_like: contiguous, as the fakes promise, whatever the strides.
+            out = sink.main_grad
+            out = weight.new_empty(weight.shape, dtype=dtype) if out is None else out
+            if out.dtype == fp32:
+                total = out
+            elif live.live > longest:
+                total = weight.new_empty(weight.shape, dtype=fp32)
+            else:
+                d_tile = weight.new_empty(model.step, weight.shape[1], dtype=fp32)
+        return cls(
+            call,
+            model,
+            live,
+            hidden.new_zeros(hidden.shape, dtype=out_dtype) if wanted.hidden else None,
+            out,
+            total,
+            weight.new_zeros(len(weight), dtype=fp32) if wanted.bias else None,
+            d_tile,
+            sink,
+        )
+
+    def overlay(self, begin: int) -> Store | None:
+        """The memory of d_weight, if the logits of the chunk that begins there may lie in it."""
+        if self.weight is None or self.call.panel.overlay_rows == 0:
+            return None
+        # Later chunks: only if what they would overwrite is not the sum of the first ones.
+        if begin > 0 and self.total is self.weight:
+            return None
+        words = self.weight.view(torch.float32)
+        return Store(words.view(-1), words.shape[1])
+
+    def add(self, chunk: Chunk, alive: Tensor | None, write: Write) -> None:
+        """Add a chunk; `write(tile, out)` fills d(loss)/d(linear output) [rows, T] of a tile.
+
+        `alive` [rows] int64: the rows that `write` fills; None: all of the chunk.
+        """
+        hidden = chunk.hidden if alive is None else chunk.hidden[alive]
+        d_hidden = self._sum_of_hidden(chunk.part, hidden, alive)
+        is_first, is_last = chunk.part.start == 0, chunk.part.stop == self.live.live
+        buffer = hidden.new_empty(len(hidden) * self.model.step)
+        for tile in self.model.tiles():
+            count = tile.stop - tile.start
+            d_logit = buffer[: len(hidden) * count].view(len(hidden), count)
+            write(tile, d_logit)
+            if d_hidden is not None:
+                d_hidden.addmm_(d_logit, self.model.weight(tile))
+            if self.weight is not None:
+                self._add_weight(tile, d_logit, hidden, is_first, is_last)
+            if self.bias is not None:
+                self.bias[tile] += d_logit.sum(0)
+        if self.hidden is not None and d_hidden is not None:
+            self.call.shard.sum_(d_hidden)
+            if d_hidden.data_ptr() != self.hidden[chunk.part].data_ptr():
+                self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
+
+    def _sum_of_hidden(self, part: slice, hidden: Tensor, alive: Tensor | None) -> Tensor | None:
+        """Zeros [rows, D] fp32: the rows of d_hidden themselves where that is possible."""
+        if self.hidden is None:
+            return None
+        if self.hidden.dtype == torch.float32 and self.live.kept is None and alive is None:
+            return self.hidden[part]
+        return torch.zeros_like(hidden)
+
+    def _add_weight(
+        self, classes: slice, d_logit: Tensor, hidden: Tensor, is_first: bool, is_last: bool
+    ) -> None:
+        if self.weight is None:
+            raise RuntimeError("d_weight is not wanted")
+        if self.total is None:
+            if self.d_tile is None:
+                raise RuntimeError("a single chunk needs d_tile")
+            tile = self.d_tile[: classes.stop - classes.start]
+            self.weight[classes] = torch.mm(d_logit.t(), hidden, out=tile)
+            return
+        if is_first and self.sink.main_grad is None:
+            torch.mm(d_logit.t(), hidden, out=self.total[classes])
+        else:
+            self.total[classes].addmm_(d_logit.t(), hidden)
+        if is_last and self.total is not self.weight:
+            self.weight[classes] = self.total[classes]
+
+    def result(self) -> HeadGradient:
+        """The gradients, [0] where not wanted or in main_grad."""
+        held = self.call.held_dtype if self.sink.is_held else self.call.head.weight.dtype
+        nothing = self.call.head.weight.new_empty
+        weight_dtype = torch.float32 if self.sink.keeps_fp32 else held
+        weight = None if self.sink.main_grad is not None else self.weight
+        if weight is not None and self.live.live == 0:
+            weight.zero_()  # no chunk has written it
+        return HeadGradient(
+            nothing(0, dtype=held) if self.hidden is None else self.hidden,
+            nothing(0, dtype=weight_dtype) if weight is None else weight,
+            nothing(0, dtype=held) if self.bias is None else self.bias.to(held),
+        )
+
+
+def chunks(
+    call: Call, hidden: Tensor, live: LiveRows, gradient: GradientSum | None, keeps_logits: bool
+) -> Iterator[Chunk]:
+    """The live rows of `hidden` [N, D], cut within the memory budget.
+
+    Without `keeps_logits` the tiles share one place.
+    """
+    step, models, classes = call.step, call.work.models, len(call.head.weight)
+    workspace, begin = None, 0
+    while begin < live.live:
+        store = None if gradient is None else gradient.overlay(begin)
+        end = min(live.live, begin + (step if store is None else call.panel.overlay_rows))
+        if store is None and workspace is None:
+            width = classes if keeps_logits else call.panel.tile_classes
+            words = hidden.new_empty(min(step, live.live) * models * width, dtype=torch.float32)
+            workspace = Store(words, min(step, live.live) * models if keeps_logits else 0)
+        part = slice(begin, end)
+        rows = live.chunk(hidden, part).float().contiguous()
+        yield Chunk(part, rows, store or workspace)  # type: ignore[arg-type]
+        begin = end
+
+
+class Stats(NamedTuple):
+    """Row statistics of a chunk over all classes (of all ranks)."""
+
+    logprob: Tensor  # [rows] fp32
+    lse: Tensor
+    entropy: Tensor  # meaningless unless has_entropy
+    maximum: Tensor  # finite
+    total: Tensor  # [rows] fp64: sum of exp(logit - maximum)
+    ids: Tensor  # [rows, 1] local class of the target, -1 on the ranks that do not hold it
+
+
+class Softmax(NamedTuple):
+    """The softmax of the head over one row chunk after the other, and its targets."""
+
+    call: Call
+    model: Model
+    ids: Tensor  # [live, 1] local class, -1 where it is another rank's
+
+    @classmethod
+    def of(cls, call: Call, target: Tensor, live: LiveRows) -> "Softmax":
+        """For `target` [N]; raises ValueError if a live one is out of range."""
+        shard, target = call.shard, live.take(target)
+        check_target_range(target, shard.classes)
+        local = target - shard.offset
+        is_local = (local >= 0) & (local < len(call.head.weight))
+        model = Model.of(call.head, call.panel.tile_classes)
+        return cls(call, model, local.where(is_local, -1)[:, None])
+
+    def forward(self, chunk: Chunk) -> Stats:
+        """Sweep one: the statistics of a chunk."""
+        ids, shard = self.ids[chunk.part], self.call.shard
+        running = sweep(self.model, chunk, ids, self.call.work.needs_entropy)
+        found = (ids[:, 0] >= 0).double()
+        maximum = shard.maximum_(running.maximum.clone())
+        # A row of -inf logits: lse -inf and logprob NaN, as in torch; not inf - inf everywhere.
+        maximum = maximum.where(maximum != -torch.inf, 0.0)
+        shift = (running.maximum - maximum).clamp_(min=LOG_ZERO).double()
+        share = shift.exp()
+        total = running.total * share
+        moment = total
+        if running.moment is not None:
+            moment = running.moment * share + shift * total
+        local = torch.where(found > 0, running.at_ids[:, 0].double(), 0.0)
+        total, moment, local, found = shard.sum_(torch.stack((total, moment, local, found)))
+        at_target, log_total = local.where(found > 0, torch.nan), total.log()
+        # H = log(total) - sum(p * (z - max)): both terms >= 0, so nothing cancels.
+        entropy = log_total - moment / total
+        logprob, lse = (at_target - maximum) - log_total, maximum + log_total
+        return Stats(logprob.float(), lse.float(), entropy.float(), maximum, total, ids)
+
+
+def sweep(
+    model: Model,
+    chunk: Chunk,
+    ids: Tensor,
+    needs_moment: bool = False,
+    excludes_ids: bool = False,
+) -> native.Running:
+    """Compute the logits of a chunk and fold them into statistics; `ids` [rows, K] ascending."""
+    rows = len(chunk.hidden)
+    total = torch.zeros(rows, dtype=torch.float64)
+    running = native.Running(
+        torch.full((rows,), -torch.inf),
+        total,
+        torch.zeros_like(total) if needs_moment else None,
+        torch.zeros(ids.shape),
+    )
+    for tile in model.tiles():
+        logits = chunk.fill(model, tile)
+        native.add_statistics(logits, tile.start, ids, excludes_ids, running)
+    return running
+
+
+def write_softmax_gradient(
+    model: Model, chunk: Chunk, alive: Tensor | None, terms: native.GradientTerms
+) -> Write:
+    """What `GradientSum.add` needs for d_logit = alpha e + gamma e (z - maximum)."""
+
+    def write(tile: slice, out: Tensor) -> None:
+        logits = chunk.kept(model, tile)
+        native.write_gradient(logits, tile.start, alive, terms, out)
+
+    return write

@@ -1,0 +1,78 @@
+"""linear_divergence on Backend.NATIVE: the logits of both models side by side, 3U + 1U."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels import native
+from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks, sweep
+from xopd_kernels.chunk.reference import LiveRows
+from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher
+
+
+def forward(
+    call: Call,
+    hidden: Tensor,
+    teacher: Teacher,
+    token_weight: Tensor | None,
+    beta: float,
+    sink: GradientSink,
+) -> tuple[LinearDivergence, HeadGradient]:
+    """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
+    weight = hidden.new_ones(len(hidden)) if token_weight is None else token_weight
+    live = LiveRows.of(weight != 0)
+    weight = live.take(weight).to(call.dtype)
+    model, other = (Model.of(x, call.panel.tile_classes) for x in (call.head, teacher.head))
+    gradient = GradientSum.of(call, model, hidden, live, sink)
+    out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
+    for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
+        of_teacher = live.chunk(teacher.hidden, chunk.part).float().contiguous()
+        student = _Filled.of(model, chunk)
+        reference = _Filled.of(other, Chunk(chunk.part, of_teacher, chunk.store, place=1))
+        value, slope_sum = (torch.zeros(len(of_teacher), dtype=torch.float64) for _ in range(2))
+        for tile in model.tiles():
+            sides = student.side(tile), reference.side(tile)
+            native.add_divergence(*sides, beta, value, slope_sum)
+        of_rows = weight[chunk.part]
+        out[0, chunk.part] = value.float() * of_rows
+        out[1, chunk.part], out[2, chunk.part] = student.lse(), reference.lse()
+        if call.work.has_gradient:
+            gradient.add(chunk, None, _writer(student, reference, beta, slope_sum, of_rows))
+    return LinearDivergence(*(live.spread(x.clone()) for x in out)), gradient.result()
+
+
+class _Filled(NamedTuple):
+    """A chunk of one model after sweep one."""
+
+    model: Model
+    chunk: Chunk
+    maximum: Tensor  # [rows] fp32, finite
+    log_total: Tensor  # [rows] fp32
+
+    @classmethod
+    def of(cls, model: Model, chunk: Chunk) -> "_Filled":
+        no_ids = torch.empty(len(chunk.hidden), 0, dtype=torch.int64)
+        running = sweep(model, chunk, no_ids)
+        maximum = running.maximum.where(running.maximum != -torch.inf, 0.0)
+        return cls(model, chunk, maximum, running.total.log().float())
+
+    def side(self, tile: slice) -> native.Side:
+        return native.Side(self.chunk.kept(self.model, tile), self.maximum, self.log_total)
+
+    def lse(self) -> Tensor:
+        return self.maximum + self.log_total
+
+
+def _writer(
+    student: _Filled, teacher: _Filled, beta: float, slope_sum: Tensor, weight: Tensor
+) -> Write:
+    """What writes the gradient of a tile."""
+    slope_sum = slope_sum.float()
+
+    def write(tile: slice, out: Tensor) -> None:
+        sides = student.side(tile), teacher.side(tile)
+        native.write_divergence_gradient(*sides, beta, slope_sum, weight, out)
+
+    return write

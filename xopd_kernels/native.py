@@ -1,0 +1,397 @@
+"""The compiled CPU kernels: element-wise passes over blocks of logits, which Python's GEMMs fill.
+
+One shared object for each instruction set (csrc/, built by setup.py), loaded on first use; the one
+that fits is chosen by what torch says the CPU can do. The threads are torch's own: each call hands
+over the address of `torch_parallel_for` of torch's stable C interface.
+
+Arguments are checked here, because C++ cannot: dtype, shape, strides. Every row's result depends on
+that row alone, to the bit: not on the threads, on other rows, or on how many there are.
+"""
+
+import ctypes
+import functools
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1  # of csrc/common/abi.h
+_ROW_OUT_OF_RANGE = -1
+
+# The objects that a CPU can run, best first, by torch.backends.cpu.get_cpu_capability().
+_INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
+
+
+class Logits(NamedTuple):
+    """A block of one model's linear outputs, and what makes logits of them.
+
+    ``z = scale (x + bias)``, with a cap ``z = cap tanh(scale (x + bias))``.
+    """
+
+    x: Tensor  # [rows, classes] fp32, unit inner stride
+    bias: Tensor | None  # [classes] fp32
+    scale: float
+    cap: float | None  # > 0
+
+
+class Running(NamedTuple):
+    """Row statistics, folded in tile by tile."""
+
+    maximum: Tensor  # [rows] fp32, starts at -inf
+    total: Tensor  # [rows] fp64: sum exp(z - maximum), starts at 0
+    moment: Tensor | None  # [rows] fp64: sum exp(z - maximum) (z - maximum); None: not asked for
+    at_ids: Tensor  # [rows, K] fp32: z of the ids, written when their tile comes
+
+
+class GradientTerms(NamedTuple):
+    """What the gradient by the logits is made of, row by row."""
+
+    maximum: Tensor  # [out_rows] fp32, finite (the caller maps -inf to 0)
+    alpha: Tensor  # [out_rows] fp32
+    gamma: Tensor | None  # [out_rows] fp32
+    ids: Tensor  # [out_rows, K] int64, ascending in a row
+    at_ids: Tensor  # [out_rows, K] fp32: d_z of the ids, stands for the formula
+
+
+class Side(NamedTuple):
+    """One model of a divergence: ``log p = (z - maximum) - log_total``."""
+
+    logits: Logits
+    maximum: Tensor  # [rows] fp32
+    log_total: Tensor  # [rows] fp32
+
+
+def _pointers(*names: str) -> list[tuple[str, type[ctypes.c_void_p]]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _sizes(*names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
+    return [(name, ctypes.c_int64) for name in names]
+
+
+# The structs of csrc/common/logits.h, csrc/softmax/softmax.h and csrc/divergence/divergence.h.
+class _Logits(ctypes.Structure):
+    _fields_ = (
+        *_pointers("x", "bias"),
+        *_sizes("row_stride"),
+        ("scale", ctypes.c_float),
+        ("cap", ctypes.c_float),
+    )
+
+
+class _Statistics(ctypes.Structure):
+    _fields_ = (
+        ("logits", _Logits),
+        *_sizes("rows", "classes", "first_class"),
+        *_pointers("ids"),
+        *_sizes("id_count", "excludes_ids"),
+        *_pointers("maximum", "total", "moment", "at_ids"),
+    )
+
+
+class _Gradient(ctypes.Structure):
+    _fields_ = (
+        ("logits", _Logits),
+        *_sizes("logit_rows", "rows", "classes", "first_class"),
+        *_pointers("row_of", "maximum", "alpha", "gamma", "ids"),
+        *_sizes("id_count"),
+        *_pointers("at_ids", "out"),
+        *_sizes("out_row_stride"),
+    )
+
+
+class _Side(ctypes.Structure):
+    _fields_ = (("logits", _Logits), *_pointers("maximum", "log_total"))
+
+
+class _Divergence(ctypes.Structure):
+    _fields_ = (
+        ("student", _Side),
+        ("teacher", _Side),
+        *_sizes("rows", "classes"),
+        ("beta", ctypes.c_double),
+        *_pointers("value", "slope_sum"),
+    )
+
+
+class _DivergenceGradient(ctypes.Structure):
+    _fields_ = (
+        ("student", _Side),
+        ("teacher", _Side),
+        *_sizes("rows", "classes"),
+        ("beta", ctypes.c_double),
+        *_pointers("slope_sum", "weight", "out"),
+        *_sizes("out_row_stride"),
+    )
+
+
+class _Library(NamedTuple):
+    """A loaded shared object, and the parallel loop that every call hands to it."""
+
+    kernels: ctypes.CDLL
+    parallel_for: ctypes.c_void_p
+
+    @classmethod
+    def open(cls, path: Path) -> "_Library":
+        """Raises OSError, in words, if this process cannot use the file."""
+        kernels = ctypes.CDLL(str(path))
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        try:
+            version = kernels.xopd_abi_version()
+            if version != ABI_VERSION:
+                raise OSError(f"{path} has interface {version}, this package needs {ABI_VERSION}")
+            parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
+        except AttributeError as error:
+            raise OSError(f"a function is missing: {error}") from None
+        return cls(kernels, parallel_for)
+
+
+_given: _Library | None = None  # by load()
+
+
+def load(path: Path | None) -> None:
+    """Use the shared object at `path` from now on; None: again the installed one that fits.
+
+    For a build with sanitizers, say. Raises OSError if the object cannot be used.
+    """
+    global _given
+    _given = None if path is None else _Library.open(path)
+
+
+def runnable_objects() -> list[Path]:
+    """The installed shared objects that this CPU can run, best first."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    names = _INSTRUCTION_SETS.get(capability, ("portable",))
+    paths = [Path(__file__).parent / f"_native_{name}.so" for name in names]
+    return [path for path in paths if path.is_file()]
+
+
+def unavailable_reason() -> str | None:
+    """Why the library cannot run here, and the remedy; None if it can."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def _library() -> _Library | str:
+    return _installed() if _given is None else _given
+
+
+@functools.cache
+def _installed() -> _Library | str:
+    """The installed library that fits this CPU, or why there is none."""
+    if sys.platform != "linux":
+        return f"the native library is built for Linux, this is {sys.platform}"
+    rebuild = "install the package again with a C++17 compiler (g++ or clang++) on the PATH"
+    objects = runnable_objects()
+    if not objects:
+        folder = Path(__file__).parent
+        return f"the native library was not built (no _native_*.so in {folder}); {rebuild}"
+    try:
+        return _Library.open(objects[0])
+    except OSError as error:
+        return f"the native library does not load ({error}); {rebuild}"
+
+
+def _call(name: str, arguments: ctypes.Structure) -> None:
+    """Run an entry point; raises for what it reports."""
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    run = getattr(library.kernels, name)
+    status = run(ctypes.byref(arguments), library.parallel_for)
+    if status == _ROW_OUT_OF_RANGE:
+        raise ValueError("rows must be row numbers of logits.x, got one out of range")
+    if status != 0:
+        raise RuntimeError(f"torch's parallel loop failed in {name} (status {status})")
+
+
+def add_statistics(
+    logits: Logits, first_class: int, ids: Tensor, excludes_ids: bool, running: Running
+) -> None:
+    """Fold a tile of classes into the row statistics `running`, in place.
+
+    The tile holds the classes [first_class, first_class + classes) of the vocabulary. `ids`
+    [rows, K] int64, ascending in a row, are classes of the whole vocabulary: those of other tiles
+    are passed over, negative ones never match. With `excludes_ids` they take no part in maximum,
+    total and moment. A -inf logit adds nothing; a row of them keeps maximum -inf and total 0. A NaN
+    or +inf makes total NaN (the maximum passes over a NaN). Raises TypeError/ValueError for a
+    tensor that does not fit, RuntimeError if the library is unavailable.
+    """
+    head = _logits("logits", logits, first_class)
+    rows, classes = logits.x.shape
+    id_count = _columns(ids)
+    moment = running.moment
+    arguments = _Statistics(
+        head,
+        rows,
+        classes,
+        first_class,
+        _address("ids", ids, torch.int64, (rows, id_count)),
+        id_count,
+        excludes_ids,
+        _address("running.maximum", running.maximum, torch.float32, (rows,)),
+        _address("running.total", running.total, torch.float64, (rows,)),
+        None if moment is None else _address("running.moment", moment, torch.float64, (rows,)),
+        _address("running.at_ids", running.at_ids, torch.float32, (rows, id_count)),
+    )
+    _call("xopd_add_statistics", arguments)
+
+
+def write_gradient(
+    logits: Logits, first_class: int, rows: Tensor | None, terms: GradientTerms, out: Tensor
+) -> None:
+    """Write a tile of the gradient by the linear outputs to `out` [out_rows, classes] fp32.
+
+    ``slope(x) (alpha e + gamma e max(z - maximum, -1000))``, ``e = exp(z - maximum)``; at the
+    ids of the tile ``slope(x) at_ids``. ``slope(x) = scale``, with a cap
+    ``scale cap 4 e' / (1 + e')^2``, ``e' = exp(-2 |scale (x + bias)|)``. `rows` [out_rows] int64
+    are the rows of `logits.x` that are meant, None: all. `out` may not overlap `logits.x`. Raises
+    TypeError/ValueError for a tensor that does not fit, RuntimeError if the library is unavailable.
+    """
+    head = _logits("logits", logits, first_class)
+    logit_rows, classes = logits.x.shape
+    count = logit_rows if rows is None else rows.numel()
+    id_count = _columns(terms.ids)
+    gamma = terms.gamma
+    arguments = _Gradient(
+        head,
+        logit_rows,
+        count,
+        classes,
+        first_class,
+        None if rows is None else _address("rows", rows, torch.int64, (count,)),
+        _address("terms.maximum", terms.maximum, torch.float32, (count,)),
+        _address("terms.alpha", terms.alpha, torch.float32, (count,)),
+        None if gamma is None else _address("terms.gamma", gamma, torch.float32, (count,)),
+        _address("terms.ids", terms.ids, torch.int64, (count, id_count)),
+        id_count,
+        _address("terms.at_ids", terms.at_ids, torch.float32, (count, id_count)),
+        _out_block(out, (count, classes), logits.x),
+        out.stride(0),
+    )
+    _call("xopd_write_gradient", arguments)
+
+
+def add_divergence(
+    student: Side, teacher: Side, beta: float, value: Tensor, slope_sum: Tensor
+) -> None:
+    """Add a tile's terms of a divergence to `value` and of its derivative to `slope_sum`, in place.
+
+    ``D_beta`` and ``u = dD / dlog p`` of `xopd_kernels.chunk.kl.row_divergence` with normalised
+    p (student) and q (teacher); `value` and `slope_sum` [rows] fp64. Raises TypeError/ValueError
+    for a tensor that does not fit, RuntimeError if the library is unavailable.
+    """
+    arguments = _Divergence(
+        _side("student", student, student.logits.x.shape),
+        _side("teacher", teacher, student.logits.x.shape),
+        *student.logits.x.shape,
+        _beta(beta),
+        _address("value", value, torch.float64, student.maximum.shape),
+        _address("slope_sum", slope_sum, torch.float64, student.maximum.shape),
+    )
+    _call("xopd_add_divergence", arguments)
+
+
+def write_divergence_gradient(
+    student: Side, teacher: Side, beta: float, slope_sum: Tensor, weight: Tensor, out: Tensor
+) -> None:
+    """Write a tile of the gradient by the student's linear outputs to `out` [rows, classes] fp32.
+
+    ``slope(x) weight (u - p slope_sum)`` with the u of `add_divergence`, and its sum over all
+    classes; `slope_sum` and `weight` [rows] fp32. `out` overlaps neither x. Raises
+    TypeError/ValueError for a tensor that does not fit, RuntimeError if the library is unavailable.
+    """
+    shape = student.logits.x.shape
+    arguments = _DivergenceGradient(
+        _side("student", student, shape),
+        _side("teacher", teacher, shape),
+        *shape,
+        _beta(beta),
+        _address("slope_sum", slope_sum, torch.float32, shape[:1]),
+        _address("weight", weight, torch.float32, shape[:1]),
+        _out_block(out, shape, student.logits.x, teacher.logits.x),
+        out.stride(0),
+    )
+    _call("xopd_write_divergence_gradient", arguments)
+
+
+def _address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Where the contiguous CPU tensor begins."""
+    if tensor.dtype != dtype or not tensor.is_cpu:
+        raise TypeError(f"{name} must be {dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    return tensor.data_ptr()
+
+
+def _block(name: str, block: Tensor) -> int:
+    """Where the [rows, classes] CPU block begins, whose rows may lie apart."""
+    if block.dtype != torch.float32 or not block.is_cpu:
+        raise TypeError(f"{name} must be fp32 on the CPU, got {block.dtype} on {block.device}")
+    if block.ndim != 2 or (block.stride(1) != 1 and block.shape[1] > 1):
+        raise ValueError(
+            f"{name} must be [rows, classes] with unit inner stride, got {list(block.shape)} with "
+            f"strides {block.stride()}"
+        )
+    return block.data_ptr()
+
+
+def _out_block(out: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> int:
+    """Where `out` begins, a block that is written to."""
+    begin = _block("out", out)
+    if out.shape != shape:
+        raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
+    if shape[0] > 1 and out.stride(0) < shape[1]:
+        raise ValueError(f"out must have rows that lie apart, got strides {out.stride()}")
+    for x in inputs:
+        if begin < _end(x) and x.data_ptr() < _end(out):
+            raise ValueError("out must not overlap the x that it is computed from")
+    return begin
+
+
+def _end(block: Tensor) -> int:
+    """One past the last byte of a block; its beginning if it is empty."""
+    rows, classes = block.shape
+    elements = (rows - 1) * block.stride(0) + classes if rows and classes else 0
+    return block.data_ptr() + 4 * elements
+
+
+def _logits(name: str, logits: Logits, first_class: int = 0) -> _Logits:
+    x, bias, cap = logits.x, logits.bias, logits.cap
+    if not 0 <= first_class < 2**62:
+        raise ValueError(f"first_class must be a class number >= 0, got {first_class}")
+    if cap is not None and not cap > 0:
+        raise ValueError(f"{name}.cap must be > 0 or None, got {cap}")
+    return _Logits(
+        _block(f"{name}.x", x),
+        None if bias is None else _address(f"{name}.bias", bias, torch.float32, (x.shape[1],)),
+        x.stride(0),
+        logits.scale,
+        0.0 if cap is None else cap,
+    )
+
+
+def _side(name: str, side: Side, shape: tuple[int, ...]) -> _Side:
+    head = _logits(f"{name}.logits", side.logits)
+    if side.logits.x.shape != shape:
+        raise ValueError(f"{name}.logits.x must be {list(shape)}, got {list(side.logits.x.shape)}")
+    return _Side(
+        head,
+        _address(f"{name}.maximum", side.maximum, torch.float32, shape[:1]),
+        _address(f"{name}.log_total", side.log_total, torch.float32, shape[:1]),
+    )
+
+
+def _columns(ids: Tensor) -> int:
+    """K of ids [rows, K]; another shape is refused where its address is taken."""
+    return ids.shape[1] if ids.ndim == 2 else 0
+
+
+def _beta(beta: float) -> float:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    return beta

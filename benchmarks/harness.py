@@ -135,7 +135,7 @@ def measure(
         "vocab_size": shape.vocab_size,
         "distribution": distribution.value,
         "dtype": str(options.dtype).removeprefix("torch."),
-        **_provenance(options.device),
+        **provenance(options.device),
     }
     for provider in providers:
         values = sorted(times_ms[provider.name])
@@ -143,8 +143,8 @@ def measure(
             **common,
             "provider": provider.name,
             "median_ms": round(statistics.median(values), 4),
-            "p20_ms": round(_quantile(values, 0.2), 4),
-            "p80_ms": round(_quantile(values, 0.8), 4),
+            "p20_ms": round(quantile(values, 0.2), 4),
+            "p80_ms": round(quantile(values, 0.8), 4),
             "rounds": len(values),
             "peak_extra_bytes": _peak_extra_bytes(provider, options.device),
         }
@@ -191,11 +191,11 @@ def _peak_extra_bytes(provider: Provider, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def _quantile(ordered: Sequence[float], fraction: float) -> float:
+def quantile(ordered: Sequence[float], fraction: float) -> float:
     return ordered[round(fraction * (len(ordered) - 1))]
 
 
-def _provenance(device: torch.device) -> dict[str, str]:
+def provenance(device: torch.device) -> dict[str, str]:
     """Where and with what a number was measured."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False

@@ -73,9 +73,7 @@ struct RowLogprob {
     return {splat(side.maximum[row]), splat(side.log_total[row])};
   }
 
-  Floats at(const Buffer& z, int64_t i) const {
-    return (load(z.values + i) - maximum) - log_total;
-  }
+  Floats at(const Buffer& z, int64_t i) const { return (load(z.values + i) - maximum) - log_total; }
 };
 
 template <Kind KIND>

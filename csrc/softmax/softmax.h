@@ -12,8 +12,8 @@ struct xopd_statistics {
   xopd_logits logits;
   int64_t rows;
   int64_t classes;
-  int64_t first_class;   // class number of column 0
-  const int64_t* ids;    // [rows, id_count] class numbers, ascending in a row
+  int64_t first_class;  // class number of column 0
+  const int64_t* ids;   // [rows, id_count] class numbers, ascending in a row
   int64_t id_count;
   int64_t excludes_ids;  // 1: the ids take no part in maximum, total, moment
   float* maximum;        // [rows]
@@ -29,14 +29,14 @@ struct xopd_gradient {
   int64_t rows;  // of out
   int64_t classes;
   int64_t first_class;
-  const int64_t* row_of;   // [rows] row of x, or null: row i is row i
-  const float* maximum;    // [rows] finite
-  const float* alpha;      // [rows]
-  const float* gamma;      // [rows] or null
-  const int64_t* ids;      // [rows, id_count] ascending in a row
+  const int64_t* row_of;  // [rows] row of x, or null: row i is row i
+  const float* maximum;   // [rows] finite
+  const float* alpha;     // [rows]
+  const float* gamma;     // [rows] or null
+  const int64_t* ids;     // [rows, id_count] ascending in a row
   int64_t id_count;
-  const float* at_ids;     // [rows, id_count] stands for the bracket at the ids
-  float* out;              // [rows, classes]
+  const float* at_ids;  // [rows, id_count] stands for the bracket at the ids
+  float* out;           // [rows, classes]
   int64_t out_row_stride;
 };
 

@@ -106,11 +106,11 @@ def print_doctor(tokens: int, shape: HeadShape) -> None:
     console.print(_table("kernels", ("device", "backend", "status"), backends()))
     eager = eager_logit_bytes(tokens, shape.vocabulary)
     rows = [("eager logits, forward + backward", f"{eager / GIB:.2f} GiB")]
-    for backend in (Backend.REFERENCE, Backend.TRITON):
+    for backend in Backend:
         plan = loss_memory(tokens, shape, backend)
-        name = f"linear_policy_loss on {backend.name}, workspace"
-        rows.append((name, f"{plan.workspace_bytes / GIB:.3f} GiB"))
-    rows.append(("its fp32 d_weight accumulator", f"{plan.accumulator_bytes / GIB:.2f} GiB"))
+        name = f"linear_policy_loss on {backend.name}, workspace + fp32 sum of d_weight"
+        sizes = f"{plan.workspace_bytes / GIB:.3f} + {plan.accumulator_bytes / GIB:.2f} GiB"
+        rows.append((name, sizes))
     if shape.parameters is not None:
         size = model_memory(shape.parameters) / GIB
         rows.append((f"AdamW training, {shape.parameters:,} parameters", f"{size:.2f} GiB"))

@@ -313,10 +313,11 @@ class Blocks(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """How NATIVE cuts its work. Rows beyond the overlay have their logits in the workspace."""
+    """How NATIVE cuts its work. Where a number of rows is 0, logits lie in the workspace."""
 
     tile_classes: int  # classes whose GEMMs are done at a time
-    overlay_rows: int  # rows whose logits fit into the memory of d_weight, not written yet; or 0
+    first_rows: int  # rows whose logits fit into the fp32 d_weight, before it is written
+    later_rows: int  # rows whose logits fit into a d_weight of 2 bytes, before it is rounded to
 
     @classmethod
     def of(cls, work: Workload, memory_budget_bytes: int | None) -> "Panel":
@@ -331,39 +332,44 @@ class Panel(NamedTuple):
         if needs.tile_row:
             tile = min(tile, max(1, needs.tile(budget) // needs.tile_row))
         if not work.wanted.weight or work.adds_to_main_grad:
-            return cls(tile, 0)
-        words = work.dim
-        if work.has_narrow_d_weight:
-            words = work.dim // 2 if work.dim % 2 == 0 else 0
-        fitting = (budget - needs.tile(budget)) // needs.scratch
-        overlay = min(words // work.models, fitting, MAX_CHUNK_ROWS)
-        is_worth_it = overlay >= min(work.rows, _fitting_rows(work, needs, budget))
-        return cls(tile, overlay if is_worth_it else 0)
+            return cls(tile, 0, 0)
+        fitting = min((budget - needs.tile(budget)) // needs.scratch, MAX_CHUNK_ROWS)
+        first = min(work.dim // work.models, fitting)
+        later = 0
+        if work.has_narrow_d_weight and work.dim % 2 == 0:  # two numbers make a word
+            later = min(work.dim // 2 // work.models, fitting)
+        least = min(work.rows, _fitting_rows(work, needs, budget))  # else the workspace is better
+        return cls(tile, first * (first >= least), later * (later >= least))
+
+    def is_narrow(self, rows: int) -> bool:
+        """Whether all rows fit into the d_weight of 2 bytes: then there is no fp32 one."""
+        return 0 < rows <= self.later_rows
 
 
 def _native_plan(work: Workload, needs: _Needs, budget: int) -> MemoryPlan:
-    panel, rows = Panel.within(work, needs, budget), _fitting_rows(work, needs, budget)
-    overlay, wanted, chunk = min(panel.overlay_rows, work.rows), work.wanted, rows
-    uses_workspace, is_one_chunk = True, work.rows <= rows
-    if overlay > 0:
-        is_one_chunk = work.rows <= overlay
-        uses_workspace = not is_one_chunk and not work.has_narrow_d_weight
-        chunk = max(overlay, rows) if uses_workspace else overlay
-    logits = rows * needs.logits * uses_workspace
-    elements = work.vocab_size * work.dim * (wanted.weight and not work.adds_to_main_grad)
-    is_summed = work.dtype != torch.float32 and not (work.has_narrow_d_weight and is_one_chunk)
-    bias = work.vocab_size * wanted.bias
-    hidden = work.rows * work.dim * wanted.hidden
-    held = 4 * (elements * is_summed + bias * (work.dtype != torch.float32))
+    panel, workspace_rows = Panel.within(work, needs, budget), _fitting_rows(work, needs, budget)
+    overlay, is_summed = panel.first_rows, work.dtype != torch.float32
+    if panel.is_narrow(work.rows):
+        overlay, is_summed = work.rows, False
+    elif overlay == 0 and work.has_narrow_d_weight and work.rows <= workspace_rows:
+        is_summed = False
+    overlay = min(overlay, work.rows)
+    if overlay == work.rows > 0 or (overlay > 0 and panel.later_rows > 0):
+        workspace_rows = 0
+    logits = workspace_rows * needs.logits
+    hidden = work.rows * work.dim * work.wanted.hidden
+    weight = work.vocab_size * work.dim * (work.wanted.weight and not work.adds_to_main_grad)
+    bias = work.vocab_size * work.wanted.bias
+    held = weight * is_summed + bias * (work.dtype != torch.float32) + hidden * work.holds_fp32
     return MemoryPlan(
-        chunk_rows=chunk,
+        chunk_rows=max(overlay, workspace_rows),
         logits_bytes=logits,
         tile_bytes=needs.tile(budget),
         block_bytes=0,
-        scratch_bytes=max(rows * needs.scratch * uses_workspace, overlay * needs.scratch - logits),
-        accumulator_bytes=held + 4 * hidden * work.holds_fp32,
+        scratch_bytes=max(workspace_rows * needs.scratch, overlay * needs.scratch - logits),
+        accumulator_bytes=4 * held,
         row_bytes=work.rows * _statistics_bytes(work),
-        gradient_bytes=(hidden + elements + bias) * work.dtype.itemsize,
+        gradient_bytes=(hidden + weight + bias) * work.dtype.itemsize,
     )
 
 

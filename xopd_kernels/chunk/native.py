@@ -64,6 +64,15 @@ class Store(NamedTuple):
     words: Tensor  # fp32, flat
     words_of_class: int  # 0: every tile at the same place, nothing is kept
 
+    @classmethod
+    def allocate(cls, call: Call, rows: int, keeps_logits: bool) -> "Store":
+        """Workspace for chunks of `rows`."""
+        width, classes = rows * call.work.models, call.panel.tile_classes
+        if keeps_logits:
+            classes = len(call.head.weight)
+        words = call.head.weight.new_empty(width * classes, dtype=torch.float32)
+        return cls(words, width if keeps_logits else 0)
+
     def block(self, tile: slice, rows: int, place: int) -> Tensor:
         """The outputs [rows, T] of a tile; `place` tells models apart."""
         size = rows * (tile.stop - tile.start)
@@ -110,7 +119,8 @@ class GradientSum(NamedTuple):
         weight, wanted, fp32 = call.head.weight, call.wanted, torch.float32
         out_dtype = call.held_dtype if sink.is_held else hidden.dtype
         out = total = d_tile = None
-        longest = call.panel.overlay_rows or call.step
+        is_one_chunk = call.panel.is_narrow(live.live)
+        is_one_chunk |= call.panel.first_rows == 0 and live.live <= call.step
         if wanted.weight:
             dtype = fp32 if sink.keeps_fp32 else out_dtype
             # new_empty, not empty_like: contiguous, as the fakes promise, whatever the strides.
@@ -118,10 +128,10 @@ class GradientSum(NamedTuple):
             out = weight.new_empty(weight.shape, dtype=dtype) if out is None else out
             if out.dtype == fp32:
                 total = out
-            elif live.live > longest:
-                total = weight.new_empty(weight.shape, dtype=fp32)
-            else:
+            elif is_one_chunk:
                 d_tile = weight.new_empty(model.step, weight.shape[1], dtype=fp32)
+            else:
+                total = weight.new_empty(weight.shape, dtype=fp32)
         return cls(
             call,
             model,
@@ -134,15 +144,19 @@ class GradientSum(NamedTuple):
             sink,
         )
 
-    def overlay(self, begin: int) -> Store | None:
-        """The memory of d_weight, if the logits of the chunk that begins there may lie in it."""
-        if self.weight is None or self.call.panel.overlay_rows == 0:
+    def overlay(self, begin: int) -> tuple[Store, int] | None:
+        """Memory of d_weight for the logits of the chunk that begins there, and for how many rows.
+
+        The fp32 one, if it is not written yet, or the one that is rounded to in the last chunk.
+        """
+        panel, words, rows = self.call.panel, self.total, self.call.panel.first_rows
+        if begin > 0 or self.total is None:
+            is_free = self.weight is not None and self.weight.dtype != torch.float32
+            words, rows = self.weight if is_free else None, panel.later_rows
+        if words is None or rows == 0:
             return None
-        # Later chunks: only if what they would overwrite is not the sum of the first ones.
-        if begin > 0 and self.total is self.weight:
-            return None
-        words = self.weight.view(torch.float32)
-        return Store(words.view(-1), words.shape[1])
+        words = words.view(torch.float32)
+        return Store(words.view(-1), words.shape[1]), rows
 
     def add(self, chunk: Chunk, alive: Tensor | None, write: Write) -> None:
         """Add a chunk; `write(tile, out)` fills d(loss)/d(linear output) [rows, T] of a tile.
@@ -150,7 +164,12 @@ class GradientSum(NamedTuple):
         `alive` [rows] int64: the rows that `write` fills; None: all of the chunk.
         """
         hidden = chunk.hidden if alive is None else chunk.hidden[alive]
-        d_hidden = self._sum_of_hidden(chunk.part, hidden, alive)
+        d_hidden = None
+        if self.hidden is not None:
+            # The rows of d_hidden themselves, zeros as yet, where all of them are fp32 and alive.
+            is_direct = alive is None and self.live.kept is None
+            is_direct &= self.hidden.dtype == torch.float32
+            d_hidden = self.hidden[chunk.part] if is_direct else torch.zeros_like(hidden)
         is_first, is_last = chunk.part.start == 0, chunk.part.stop == self.live.live
         buffer = hidden.new_empty(len(hidden) * self.model.step)
         for tile in self.model.tiles():
@@ -165,16 +184,8 @@ class GradientSum(NamedTuple):
                 self.bias[tile] += d_logit.sum(0)
         if self.hidden is not None and d_hidden is not None:
             self.call.shard.sum_(d_hidden)
-            if d_hidden.data_ptr() != self.hidden[chunk.part].data_ptr():
+            if not is_direct:
                 self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
-
-    def _sum_of_hidden(self, part: slice, hidden: Tensor, alive: Tensor | None) -> Tensor | None:
-        """Zeros [rows, D] fp32: the rows of d_hidden themselves where that is possible."""
-        if self.hidden is None:
-            return None
-        if self.hidden.dtype == torch.float32 and self.live.kept is None and alive is None:
-            return self.hidden[part]
-        return torch.zeros_like(hidden)
 
     def _add_weight(
         self, classes: slice, d_logit: Tensor, hidden: Tensor, is_first: bool, is_last: bool
@@ -216,19 +227,20 @@ def chunks(
 
     Without `keeps_logits` the tiles share one place.
     """
-    step, models, classes = call.step, call.work.models, len(call.head.weight)
-    workspace, begin = None, 0
+    workspace: tuple[Store, int] | None = None
+    begin = 0
     while begin < live.live:
-        store = None if gradient is None else gradient.overlay(begin)
-        end = min(live.live, begin + (step if store is None else call.panel.overlay_rows))
-        if store is None and workspace is None:
-            width = classes if keeps_logits else call.panel.tile_classes
-            words = hidden.new_empty(min(step, live.live) * models * width, dtype=torch.float32)
-            workspace = Store(words, min(step, live.live) * models if keeps_logits else 0)
-        part = slice(begin, end)
-        rows = live.chunk(hidden, part).float().contiguous()
-        yield Chunk(part, rows, store or workspace)  # type: ignore[arg-type]
-        begin = end
+        place = None if gradient is None else gradient.overlay(begin)
+        if place is None and workspace is None:
+            rows = min(call.step, live.live - begin)
+            workspace = Store.allocate(call, rows, keeps_logits), rows
+        place = place or workspace
+        if place is None:
+            raise RuntimeError("no place for the logits")
+        store, step = place
+        part = slice(begin, min(live.live, begin + step))
+        yield Chunk(part, live.chunk(hidden, part).float().contiguous(), store)
+        begin = part.stop
 
 
 class Stats(NamedTuple):

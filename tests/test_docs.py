@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from benchmarks.cpu.report import short_table
 from xopd.recipes.demo import Row, markdown_table
 
 DOCUMENTS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
@@ -143,3 +144,13 @@ def test_the_demo_table_is_the_measured_one(repository: Path) -> None:
     rows = [Row(**row) for row in summary["rows"]]
     assert len(summary["seeds"]) >= 3
     assert markdown_table(rows) in read(repository, "README.md")
+
+
+def test_the_cpu_table_is_the_measured_one(repository: Path) -> None:
+    """The README's figures come from the file that the benchmark wrote."""
+    text = read(repository, "benchmarks/results/cpu_512x1024x32000.jsonl")
+    lines = [json.loads(line) for line in text.splitlines()]
+    readme = read(repository, "README.md")
+    assert short_table([line for line in lines if line["distribution"] == "random"]) in readme
+    (commit,) = {line["commit"] for line in lines}
+    assert f"--shapes 512x1024x32000`, commit {commit}" in readme

@@ -53,6 +53,21 @@ def markdown(lines: Sequence[Line]) -> str:
     return "\n\n".join([*parts, _NOTES]) + "\n"
 
 
+def short_table(lines: Sequence[Line]) -> str:
+    """One row for each cell, for a README: the bare GEMMs, the fastest peer, and ours."""
+    rows = [
+        "| job | dtype | inputs | bare GEMMs, ms | fastest peer | NATIVE | extra memory, MB |",
+        "|---|---|---|---:|---|---|---:|",
+    ]
+    for line in lines:
+        cells = [x.strip() for x in _summary_row(line).strip("| ").split(" | ")]
+        job, _, dtype, inputs, gemms, _, peer, _, ours, _, memory = cells
+        extra = memory.split(" / ")[-1]
+        row = (job, dtype, f"{inputs} masked", gemms, peer, ours, extra)
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
 def fastest(outcomes: Sequence[dict[str, Any]]) -> str | None:
     """The provider with the least median among those that were right; GEMMs do not compete."""
     ranked = [x for x in outcomes if x["status"] == Status.OK.value and not x["is_floor"]]

@@ -41,6 +41,9 @@ class BuildNative(build_ext):
         built = Path(target)
         if built.exists() and all(p.stat().st_mtime < built.stat().st_mtime for p in inputs):
             return
+        # Not the old one under new sources, should they not compile.
+        for old in (built, Path(self.get_ext_filename(ext.name))):
+            old.unlink(missing_ok=True)
         # The same sources once more: their objects go to a folder of their own.
         folder = Path(self.build_temp, ext.name)
         try:
@@ -54,7 +57,7 @@ class BuildNative(build_ext):
         except (CompileError, LinkError, PlatformError) as error:
             self.warn(
                 f"{ext.name} was not built ({error}); the package works without it, and slower on "
-                "a CPU. Install a C++17 compiler (g++ or clang++) and install the package again"
+                "a CPU. Install a C++17 compiler (g++, or another one in CXX) and the package again"
             )
 
 

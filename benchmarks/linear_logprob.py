@@ -9,9 +9,9 @@ from torch.nn import functional
 from benchmarks.harness import Options, Provider, gemm_providers, measure, our_backends
 from benchmarks.harness import parse_options as parse
 from xopd_kernels import Backend, linear_logprob
-from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import Head, Wanted
 from xopd_kernels.testing import Inputs, make_inputs
+from xopd_kernels.workload import Operator, Workload
 
 
 def providers(inputs: Inputs, backends: list[Backend]) -> Iterator[Provider]:

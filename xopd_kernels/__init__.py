@@ -8,7 +8,7 @@ from xopd_kernels.linear_divergence import linear_divergence, reverse_kl_advanta
 from xopd_kernels.linear_logprob import linear_logprob
 from xopd_kernels.linear_policy_loss import linear_policy_loss
 from xopd_kernels.linear_topk_divergence import linear_topk_divergence
-from xopd_kernels.memory import MemoryPlan, Operator, Workload, memory_plan
+from xopd_kernels.memory import MemoryPlan, memory_plan
 from xopd_kernels.records import (
     LinearDivergence,
     LinearLogprob,
@@ -16,6 +16,7 @@ from xopd_kernels.records import (
     ReverseKLAdvantage,
     Wanted,
 )
+from xopd_kernels.workload import Operator, Workload
 
 __version__ = "0.1.0"
 

@@ -4,16 +4,15 @@ The operators take their chunk from here, so the plan is what happens. Workspace
 with the number of tokens; results, gradients and a few floats a token do, and are listed apart.
 """
 
-import enum
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from xopd_kernels.backend import Backend
 from xopd_kernels.records import Wanted
 from xopd_kernels.validation import check_budget
+from xopd_kernels.workload import Operator, Workload
 
 MIB = 2**20
 DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
@@ -24,67 +23,8 @@ DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge
 MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
 MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
 TRITON_ROW_STEP = 128  # rows of a tile
-NATIVE_TILE_CLASSES = 1024  # of the GEMMs; their logits stay in the last-level cache
 _LEAST_PIECE_BYTES = 64
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
-
-
-class Operator(enum.Enum):
-    """The operators whose memory can be planned."""
-
-    LOGPROB = "linear_logprob"
-    POLICY_LOSS = "linear_policy_loss"
-    DIVERGENCE = "linear_divergence"
-    TOPK_DIVERGENCE = "linear_topk_divergence"
-
-
-class Workload(NamedTuple):
-    """What decides the memory of a call."""
-
-    operator: Operator
-    rows: int  # N, tokens
-    vocab_size: int  # V; with vocab_group: of the largest shard
-    dim: int  # D
-    dtype: torch.dtype
-    wanted: Wanted = Wanted(hidden=True, weight=True, bias=False)
-    teacher_dim: int = 0  # DIVERGENCE: D of the teacher
-    teacher_dtype: torch.dtype | None = None  # DIVERGENCE; None: that of the student
-    top_k: int = 0  # TOPK_DIVERGENCE: K
-    has_softcap: bool = False
-    needs_entropy: bool = False
-    adds_to_main_grad: bool = False  # LOGPROB with an fp32 main_grad; others: main_grad_ahead
-
-    @classmethod
-    def of(cls, operator: Operator, hidden: Tensor, weight: Tensor, wanted: Wanted) -> "Workload":
-        """The workload of hidden [N, D] and weight [V, D]."""
-        rows, dim = hidden.shape
-        return cls(operator, rows, weight.shape[0], dim, hidden.dtype, wanted)
-
-    @property
-    def has_gradient(self) -> bool:
-        """Whether logits must be kept until they are turned into gradients."""
-        return any(self.wanted)
-
-    @property
-    def models(self) -> int:
-        """Models whose logits the operator needs."""
-        return 1 + (self.operator is Operator.DIVERGENCE)
-
-    @property
-    def holds_fp32(self) -> bool:
-        """Whether gradients wait for their upstream gradient in fp32: see Call.held_dtype."""
-        is_ahead = self.operator is not Operator.LOGPROB and not self.adds_to_main_grad
-        return self.dtype == torch.float16 and is_ahead
-
-    @property
-    def has_narrow_d_weight(self) -> bool:
-        """Whether d_weight is handed out in 2 bytes."""
-        return self.dtype.itemsize == 2 and not self.holds_fp32
-
-    @property
-    def arithmetic(self) -> torch.dtype:
-        """The dtype of logits and sums."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -129,7 +69,8 @@ def memory_plan(
     dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight without unit stride
     (TRITON), casts under autocast, and a second set of gradients where the graph is kept
     (retain_graph), where the upstream gradient of a divergence differs from token to token, or
-    where the teacher's vocabulary is the smaller one (torch pads d_weight).
+    where the teacher's vocabulary is the smaller one (torch pads d_weight). NATIVE with a main_grad
+    that is added to in the backward pass has its later chunks of bf16 in the workspace.
 
     Example:
         >>> import torch
@@ -243,15 +184,15 @@ class _Needs:
     @classmethod
     def _of_native(cls, work: Workload, error: str) -> "_Needs":
         models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
-        tile = min(NATIVE_TILE_CLASSES, work.vocab_size)
+        tile = work.tile_classes
         logits = 4 * work.vocab_size * models if is_stored else 0
         # A tile of logits or of their gradient; hidden states, those with a gradient, the gradient.
         scratch = 4 * (tile + 3 * work.dim + work.teacher_dim + 32) + 72 * work.top_k
+        scratch += work.dim * work.dtype.itemsize * (work.dtype != torch.float32)  # rounded
         # In fp32: a tile of the weight, one of the teacher's, one of d_weight before it is rounded.
-        own, other = (x or work.dtype for x in (work.dtype, work.teacher_dtype))
-        row = 8 * work.dim * (own != torch.float32) + 4 * work.teacher_dim * (
-            other != torch.float32
-        )
+        own, other = work.dtype, work.teacher_or_own_dtype
+        own_tiles = (1 + work.wanted.weight) * (own != torch.float32)
+        row = 4 * work.dim * own_tiles + 4 * work.teacher_dim * (other != torch.float32)
         return cls(logits, scratch, 0, 0, row, tile * row, 1, 1, DEFAULT_CPU_BYTES, error)
 
     def tile(self, budget: int) -> int:
@@ -328,7 +269,7 @@ class Panel(NamedTuple):
     @classmethod
     def within(cls, work: Workload, needs: _Needs, budget: int) -> "Panel":
         """As `of`, for whoever has the needs already."""
-        tile = min(NATIVE_TILE_CLASSES, work.vocab_size)
+        tile = work.tile_classes
         if needs.tile_row:
             tile = min(tile, max(1, needs.tile(budget) // needs.tile_row))
         if not work.wanted.weight or work.adds_to_main_grad:

@@ -137,7 +137,7 @@ class _Library(NamedTuple):
     def open(cls, path: Path) -> "_Library":
         """Raises OSError, in words, if this process cannot use the file."""
         kernels = ctypes.CDLL(str(path))
-        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        torch_cpu = ctypes.CDLL("libtorch_cpu.so")  # the one that is loaded
         try:
             version = kernels.xopd_abi_version()
             if version != ABI_VERSION:
@@ -183,7 +183,10 @@ def _installed() -> _Library | str:
     """The installed library that fits this CPU, or why there is none."""
     if sys.platform != "linux":
         return f"the native library is built for Linux, this is {sys.platform}"
-    rebuild = "install the package again with a C++17 compiler (g++ or clang++) on the PATH"
+    rebuild = (
+        "install the package again (pip install --no-build-isolation -e .) with a C++17 compiler: "
+        "g++, or another one in CXX"
+    )
     objects = runnable_objects()
     if not objects:
         folder = Path(__file__).parent

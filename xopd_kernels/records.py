@@ -26,6 +26,14 @@ class Transform(NamedTuple):
             return f"{prefix}softcap must be None or finite and > 0, got {self.softcap}"
         if not -math.inf < self.logit_scale < math.inf:
             return f"{prefix}logit_scale must be finite, got {self.logit_scale}"
+        if self.softcap is not None:
+            parts = (self.softcap / self.temperature, self.logit_scale / self.softcap)
+            if not (1e-37 < parts[0] < 3e38 and -3e38 < parts[1] < 3e38):
+                return (
+                    f"{prefix}softcap / temperature and {prefix}logit_scale / {prefix}softcap must "
+                    f"fit float32, got {self.softcap} / {self.temperature} and {self.logit_scale} "
+                    f"/ {self.softcap}"
+                )
         if not -3e38 < self.logit_scale / self.temperature < 3e38:
             return (
                 f"{prefix}logit_scale / temperature must fit float32, got {self.logit_scale} / "

@@ -7,7 +7,6 @@ from xopd_kernels.backend import Backend
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.config import Scoring, select_scoring
 from xopd_kernels.chunk.device_rows import DeviceRows, RowStatistics
-from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import Wanted
 from xopd_kernels.target import cuda_capability
 from xopd_kernels.testing import (
@@ -17,6 +16,7 @@ from xopd_kernels.testing import (
     make_head,
     make_inputs,
 )
+from xopd_kernels.workload import Operator, Workload
 
 pytest.importorskip("triton", reason="triton is not installed")
 scoring = pytest.importorskip("xopd_kernels.chunk.scoring")

@@ -326,6 +326,16 @@ def test_the_least_budget_is_named_and_enough(backend, case, dtype):
     assert peak(measure(case, work, backend, live=64, budget=least)) <= plan.peak_bytes
 
 
+@BACKENDS
+def test_rows_without_an_advantage_are_moved_within_the_plan(backend):
+    work = Workload(Operator.POLICY_LOSS, 512, 4000, 1024, torch.bfloat16)
+    leaves = [torch.randn(n, 1024).bfloat16().requires_grad_() for n in (512, 4000)]
+    advantage, target = torch.ones(512).index_fill_(0, torch.tensor([0]), 0.0), torch.arange(512)
+    call = functools.partial(linear_policy_loss, *leaves, target, backend=backend)
+    sizes = allocations(lambda: torch.autograd.grad(call(advantage=advantage).loss, leaves))
+    assert peak(sizes) <= memory_plan(work, backend).peak_bytes
+
+
 @pytest.mark.parametrize("vocab_size", [1, 1000, VOCAB_SIZE, 151_936, 1_000_000])
 @pytest.mark.parametrize("backend", [*Backend])
 @CASES

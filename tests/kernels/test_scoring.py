@@ -8,7 +8,6 @@ import torch
 from xopd_kernels.backend import Backend
 from xopd_kernels.chunk import device_rows
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import Head, Wanted
 from xopd_kernels.testing import (
     Distribution,
@@ -17,6 +16,7 @@ from xopd_kernels.testing import (
     make_head,
     make_inputs,
 )
+from xopd_kernels.workload import Operator, Workload
 
 pytest.importorskip("triton", reason="triton is not installed")
 scoring = pytest.importorskip("xopd_kernels.chunk.scoring")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ def logits_of(logits: Logits) -> Tensor:
     scaled = scaled * logits.scale
     if logits.cap is None:
         return scaled.double()
-    return math.nan * scaled if logits.cap == 0 else logits.cap * scaled.double().tanh()
+    return logits.cap * scaled.double().tanh()
 
 
 def slope_of(logits: Logits) -> Tensor:

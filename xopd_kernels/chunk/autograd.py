@@ -137,7 +137,8 @@ def _check_is_one(upstream: Tensor) -> None:
     """Raise unless all upstream gradients are 1; on a device an assertion that does not wait."""
     message = (
         "main_grad_ahead=True takes upstream gradients of 1, as d_weight was added to main_grad "
-        "before they were known: put factors into token_weight, and sum"
+        "before they were known: put factors into token_weight, and sum; what this call added is "
+        "still in main_grad"
     )
     is_one = (upstream == 1).all()
     if not is_one.is_cpu:

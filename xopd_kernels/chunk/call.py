@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.backend import Backend
-from xopd_kernels.memory import Blocks, Panel, Workload, chunk_rows
+from xopd_kernels.memory import Blocks, Panel, chunk_rows
 from xopd_kernels.records import Head, Wanted
 from xopd_kernels.shard import VocabShard
+from xopd_kernels.workload import Workload
 
 
 class Call(NamedTuple):

@@ -54,7 +54,7 @@ class Model(NamedTuple):
         """The logits of the linear outputs `x` [rows, T]."""
         bias = self.head.bias
         return native.Logits(
-            x, None if bias is None else bias[tile].float(), *self.head.scale_and_cap
+            x, None if bias is None else bias[tile].float().contiguous(), *self.head.scale_and_cap
         )
 
 
@@ -108,7 +108,9 @@ class GradientSum(NamedTuple):
     weight: Tensor | None  # [V, D] as it is handed out, or main_grad
     total: Tensor | None  # [V, D] fp32 sum of the chunks; None: one chunk, rounded tile by tile
     bias: Tensor | None  # [V] fp32
-    d_tile: Tensor | None  # [step, D] fp32: a tile of d_weight before it is rounded
+    d_tile: (
+        Tensor  # [step, D] fp32: a tile of d_weight before it is rounded; [0] if there is `total`
+    )
     sink: GradientSink
 
     @classmethod
@@ -118,7 +120,7 @@ class GradientSum(NamedTuple):
         """Buffers for what is wanted of `hidden` [N, D]."""
         weight, wanted, fp32 = call.head.weight, call.wanted, torch.float32
         out_dtype = call.held_dtype if sink.is_held else hidden.dtype
-        out = total = d_tile = None
+        out = total = None
         is_one_chunk = call.panel.is_narrow(live.live)
         is_one_chunk |= call.panel.first_rows == 0 and live.live <= call.step
         if wanted.weight:
@@ -128,10 +130,9 @@ class GradientSum(NamedTuple):
             out = weight.new_empty(weight.shape, dtype=dtype) if out is None else out
             if out.dtype == fp32:
                 total = out
-            elif is_one_chunk:
-                d_tile = weight.new_empty(model.step, weight.shape[1], dtype=fp32)
-            else:
+            elif not is_one_chunk:
                 total = weight.new_empty(weight.shape, dtype=fp32)
+        tile_rows = model.step if total is None and out is not None else 0
         return cls(
             call,
             model,
@@ -140,7 +141,7 @@ class GradientSum(NamedTuple):
             out,
             total,
             weight.new_zeros(len(weight), dtype=fp32) if wanted.bias else None,
-            d_tile,
+            weight.new_empty(tile_rows, weight.shape[1], dtype=fp32),
             sink,
         )
 
@@ -164,7 +165,7 @@ class GradientSum(NamedTuple):
         `alive` [rows] int64: the rows that `write` fills; None: all of the chunk.
         """
         hidden = chunk.hidden if alive is None else chunk.hidden[alive]
-        d_hidden = None
+        d_hidden, is_direct = None, False
         if self.hidden is not None:
             # The rows of d_hidden themselves, zeros as yet, where all of them are fp32 and alive.
             is_direct = alive is None and self.live.kept is None
@@ -179,7 +180,7 @@ class GradientSum(NamedTuple):
             if d_hidden is not None:
                 d_hidden.addmm_(d_logit, self.model.weight(tile))
             if self.weight is not None:
-                self._add_weight(tile, d_logit, hidden, is_first, is_last)
+                self._add_weight(self.weight, tile, (d_logit.t(), hidden), is_first, is_last)
             if self.bias is not None:
                 self.bias[tile] += d_logit.sum(0)
         if self.hidden is not None and d_hidden is not None:
@@ -188,22 +189,22 @@ class GradientSum(NamedTuple):
                 self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
 
     def _add_weight(
-        self, classes: slice, d_logit: Tensor, hidden: Tensor, is_first: bool, is_last: bool
+        self,
+        weight: Tensor,
+        tile: slice,
+        factors: tuple[Tensor, Tensor],  # d_logit.T [T, rows], hidden [rows, D]
+        is_first: bool,
+        is_last: bool,
     ) -> None:
-        if self.weight is None:
-            raise RuntimeError("d_weight is not wanted")
         if self.total is None:
-            if self.d_tile is None:
-                raise RuntimeError("a single chunk needs d_tile")
-            tile = self.d_tile[: classes.stop - classes.start]
-            self.weight[classes] = torch.mm(d_logit.t(), hidden, out=tile)
+            weight[tile] = torch.mm(*factors, out=self.d_tile[: tile.stop - tile.start])
             return
         if is_first and self.sink.main_grad is None:
-            torch.mm(d_logit.t(), hidden, out=self.total[classes])
+            torch.mm(*factors, out=self.total[tile])
         else:
-            self.total[classes].addmm_(d_logit.t(), hidden)
-        if is_last and self.total is not self.weight:
-            self.weight[classes] = self.total[classes]
+            self.total[tile].addmm_(*factors)
+        if is_last and self.total is not weight:
+            weight[tile] = self.total[tile]
 
     def result(self) -> HeadGradient:
         """The gradients, [0] where not wanted or in main_grad."""
@@ -227,16 +228,14 @@ def chunks(
 
     Without `keeps_logits` the tiles share one place.
     """
-    workspace: tuple[Store, int] | None = None
+    workspace: Store | None = None
     begin = 0
     while begin < live.live:
         place = None if gradient is None else gradient.overlay(begin)
-        if place is None and workspace is None:
-            rows = min(call.step, live.live - begin)
-            workspace = Store.allocate(call, rows, keeps_logits), rows
-        place = place or workspace
         if place is None:
-            raise RuntimeError("no place for the logits")
+            rows = min(call.step, live.live - begin)
+            workspace = workspace or Store.allocate(call, rows, keeps_logits)
+            place = workspace, call.step
         store, step = place
         part = slice(begin, min(live.live, begin + step))
         yield Chunk(part, live.chunk(hidden, part).float().contiguous(), store)

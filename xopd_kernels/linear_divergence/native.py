@@ -23,7 +23,7 @@ def forward(
     """The divergence of hidden [N, D] and the gradients of its sum that are wanted, in one pass."""
     weight = hidden.new_ones(len(hidden)) if token_weight is None else token_weight
     live = LiveRows.of(weight != 0)
-    weight = live.take(weight).to(call.dtype)
+    weight = live.take(weight).to(call.dtype).contiguous()
     model, other = (Model.of(x, call.panel.tile_classes) for x in (call.head, teacher.head))
     gradient = GradientSum.of(call, model, hidden, live, sink)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)

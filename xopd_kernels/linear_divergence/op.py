@@ -13,8 +13,8 @@ from xopd_kernels.backend import Backend, resolve
 from xopd_kernels.chunk.autograd import Tensors, Triple
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.rows import Results, RowOperator
-from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import GradientSink, Head, HeadGradient, LinearDivergence, Teacher, Wanted
+from xopd_kernels.workload import Operator, Workload
 
 
 def run(

@@ -17,8 +17,8 @@ from xopd_kernels.chunk.autograd import (
     refuse_graph_of_main_grad,
 )
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import Head, HeadGradient, LinearLogprob, Transform, Wanted
+from xopd_kernels.workload import Operator, Workload
 
 _ALL = Wanted(hidden=True, weight=True, bias=True)
 

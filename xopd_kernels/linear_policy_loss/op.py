@@ -19,8 +19,8 @@ from xopd_kernels.chunk.autograd import (
     scaled_gradients,
 )
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.memory import Operator, Workload
 from xopd_kernels.records import GradientSink, Head, HeadGradient, PolicyLoss, PolicyTerms, Wanted
+from xopd_kernels.workload import Operator, Workload
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 

@@ -31,7 +31,7 @@ def forward(
     gradient = GradientSum.of(call, model, hidden, live, sink)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     for chunk in chunks(call, hidden, live, gradient, call.work.has_gradient):
-        ids, order = live.chunk(teacher.ids, chunk.part).sort(1)
+        ids, order = live.chunk(teacher.ids, chunk.part).contiguous().sort(1)
         log_q = live.chunk(teacher.logprob, chunk.part).gather(1, order).to(call.dtype)
         running = sweep(model, chunk, ids, excludes_ids=True)
         top = running.maximum

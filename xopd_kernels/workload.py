@@ -1,0 +1,82 @@
+"""What decides the memory of a call."""
+
+import enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.records import Wanted
+
+NATIVE_TILE_CLASSES = 1024  # of the GEMMs, or a multiple: their logits stay in the caches
+NATIVE_TILE_ELEMENTS = 2**20
+
+
+class Operator(enum.Enum):
+    """The operators whose memory can be planned."""
+
+    LOGPROB = "linear_logprob"
+    POLICY_LOSS = "linear_policy_loss"
+    DIVERGENCE = "linear_divergence"
+    TOPK_DIVERGENCE = "linear_topk_divergence"
+
+
+class Workload(NamedTuple):
+    """What decides the memory of a call."""
+
+    operator: Operator
+    rows: int  # N, tokens
+    vocab_size: int  # V; with vocab_group: of the largest shard
+    dim: int  # D
+    dtype: torch.dtype
+    wanted: Wanted = Wanted(hidden=True, weight=True, bias=False)
+    teacher_dim: int = 0  # DIVERGENCE: D of the teacher
+    teacher_dtype: torch.dtype | None = None  # DIVERGENCE; None: that of the student
+    top_k: int = 0  # TOPK_DIVERGENCE: K
+    has_softcap: bool = False
+    needs_entropy: bool = False
+    adds_to_main_grad: bool = False  # LOGPROB with an fp32 main_grad; others: main_grad_ahead
+
+    @classmethod
+    def of(cls, operator: Operator, hidden: Tensor, weight: Tensor, wanted: Wanted) -> "Workload":
+        """The workload of hidden [N, D] and weight [V, D]."""
+        rows, dim = hidden.shape
+        return cls(operator, rows, weight.shape[0], dim, hidden.dtype, wanted)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether logits must be kept until they are turned into gradients."""
+        return any(self.wanted)
+
+    @property
+    def models(self) -> int:
+        """Models whose logits the operator needs."""
+        return 1 + (self.operator is Operator.DIVERGENCE)
+
+    @property
+    def tile_classes(self) -> int:
+        """Most classes of a tile of NATIVE: more where few rows and no upcast make it small."""
+        few = NATIVE_TILE_ELEMENTS // max(1, self.rows) // NATIVE_TILE_CLASSES
+        factor = max(1, few) if self.dtype == self.teacher_or_own_dtype == torch.float32 else 1
+        return min(NATIVE_TILE_CLASSES * factor, self.vocab_size)
+
+    @property
+    def teacher_or_own_dtype(self) -> torch.dtype:
+        """The dtype of the teacher, if there is one."""
+        return self.teacher_dtype or self.dtype
+
+    @property
+    def holds_fp32(self) -> bool:
+        """Whether gradients wait for their upstream gradient in fp32: see Call.held_dtype."""
+        is_ahead = self.operator is not Operator.LOGPROB and not self.adds_to_main_grad
+        return self.dtype == torch.float16 and is_ahead
+
+    @property
+    def has_narrow_d_weight(self) -> bool:
+        """Whether d_weight is handed out in 2 bytes."""
+        return self.dtype.itemsize == 2 and not self.holds_fp32
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype of logits and sums."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32

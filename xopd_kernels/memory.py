@@ -21,6 +21,7 @@ BLOCK_BYTES = MIB  # a copy of some rows of logits on the CPU: it stays in a cor
 PIECE_BYTES = MIB // 4  # a temporary where element-wise work has many of them
 DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge vocabulary
 MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
+MAX_NATIVE_SCORING_ROWS = 2048  # as many as GEMMs over a tile of classes gain from
 MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
 TRITON_ROW_STEP = 128  # rows of a tile
 _LEAST_PIECE_BYTES = 64
@@ -329,7 +330,9 @@ def _fitting_rows(work: Workload, needs: _Needs, budget: int) -> int:
     fitting = needs.rows(budget)
     if fitting >= needs.step:
         fitting = fitting // needs.step * needs.step
-    most = MAX_CHUNK_ROWS if needs.logits else MAX_SCORING_ROWS
+    most = MAX_CHUNK_ROWS
+    if not needs.logits:
+        most = MAX_SCORING_ROWS if needs.step > 1 else MAX_NATIVE_SCORING_ROWS
     return max(1, min(work.rows, most, fitting))
 
 

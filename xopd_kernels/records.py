@@ -166,7 +166,6 @@ class GradientSink(NamedTuple):
     """Where the gradients of a head go."""
 
     main_grad: Tensor | None = None  # [V, D] fp32: d_weight is added to it, chunk by chunk
-    is_held: bool = True  # they wait for their upstream gradient
     keeps_fp32: bool = False  # d_weight is handed out unrounded, in the dtype of the arithmetic
 
 

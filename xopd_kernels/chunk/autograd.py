@@ -79,8 +79,7 @@ def compute_ahead(
     """
 
     def forward() -> tuple[tuple[Tensor, ...], HeadGradient]:
-        # Not held: the upstream gradient is 1.
-        return run(tensors, scalars, wanted, GradientSink(main_grad, is_held=False))
+        return run(tensors, scalars, wanted, GradientSink(main_grad))
 
     return _untraced()(*tensors[:3], tensors[-1], forward)
 

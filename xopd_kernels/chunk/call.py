@@ -41,8 +41,8 @@ class Call(NamedTuple):
 
     @property
     def held_dtype(self) -> torch.dtype:
-        """Of gradients that wait for their upstream gradient: fp16 would underflow before it."""
-        return torch.float32 if self.work.dtype == torch.float16 else self.work.dtype
+        """Of the gradients that are handed out: fp16 ones would underflow before a factor comes."""
+        return torch.float32 if self.work.holds_fp32 else self.work.dtype
 
     @property
     def wanted(self) -> Wanted:

@@ -108,9 +108,7 @@ class GradientSum(NamedTuple):
     weight: Tensor | None  # [V, D] as it is handed out, or main_grad
     total: Tensor | None  # [V, D] fp32 sum of the chunks; None: one chunk, rounded tile by tile
     bias: Tensor | None  # [V] fp32
-    d_tile: (
-        Tensor  # [step, D] fp32: a tile of d_weight before it is rounded; [0] if there is `total`
-    )
+    d_tile: Tensor  # [step, D] fp32: a tile of d_weight before it is rounded; [0, D] with `total`
     sink: GradientSink
 
     @classmethod
@@ -119,7 +117,7 @@ class GradientSum(NamedTuple):
     ) -> "GradientSum":
         """Buffers for what is wanted of `hidden` [N, D]."""
         weight, wanted, fp32 = call.head.weight, call.wanted, torch.float32
-        out_dtype = call.held_dtype if sink.is_held else hidden.dtype
+        out_dtype = call.held_dtype
         out = total = None
         is_one_chunk = call.panel.is_narrow(live.live)
         is_one_chunk |= call.panel.first_rows == 0 and live.live <= call.step
@@ -208,7 +206,7 @@ class GradientSum(NamedTuple):
 
     def result(self) -> HeadGradient:
         """The gradients, [0] where not wanted or in main_grad."""
-        held = self.call.held_dtype if self.sink.is_held else self.call.head.weight.dtype
+        held = self.call.held_dtype
         nothing = self.call.head.weight.new_empty
         weight_dtype = torch.float32 if self.sink.keeps_fp32 else held
         weight = None if self.sink.main_grad is not None else self.weight

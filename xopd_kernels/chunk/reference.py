@@ -222,7 +222,7 @@ class GradientSum(NamedTuple):
         sink: GradientSink,
     ) -> "GradientSum":
         """Buffers for what is wanted of `hidden` [N, D]."""
-        out_dtype = logits.call.held_dtype if sink.is_held else hidden.dtype
+        out_dtype = logits.call.held_dtype
         weight, dtype, wanted = logits.call.head.weight, logits.call.dtype, logits.call.wanted
         # new_*, not *_like: contiguous, as the fake kernels promise, whatever the inputs' strides.
         d_weight = sink.main_grad

@@ -213,7 +213,7 @@ class GradientSum(NamedTuple):
         sink: GradientSink,
     ) -> "GradientSum":
         """Buffers for what is wanted of `hidden` [N, D]."""
-        out_dtype = pipeline.call.held_dtype if sink.is_held else hidden.dtype
+        out_dtype = pipeline.call.held_dtype
         main_grad, weight = sink.main_grad, pipeline.weight
         wanted, live = pipeline.call.wanted, pipeline.live
         out = total = None

@@ -36,7 +36,7 @@ def backward(
     """Gradients from recomputed logits, as linear_logprob.reference.backward."""
     live = LiveRows.of((target != ignore_index) & has_upstream(upstream))
     softmax = Softmax.of(call, target, live)
-    sink = GradientSink(main_grad, is_held=False)
+    sink = GradientSink(main_grad)
     gradient = GradientSum.of(call, softmax.model, hidden, live, sink)
     up = LinearLogprob(*(live.take_any(x) for x in upstream))
     entropy = live.take_any(entropy)

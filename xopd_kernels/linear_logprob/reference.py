@@ -45,7 +45,7 @@ def backward(
     """
     live = LiveRows.of((target != ignore_index) & has_upstream(upstream))
     softmax = ChunkSoftmax.of(call, target, live)
-    gradient = GradientSum.of(hidden, softmax.logits, live, GradientSink(main_grad, is_held=False))
+    gradient = GradientSum.of(hidden, softmax.logits, live, GradientSink(main_grad))
     up = LinearLogprob(*(live.take_any(x) for x in upstream))
     entropy = live.take_any(entropy)
     for part in live.parts(call.step):

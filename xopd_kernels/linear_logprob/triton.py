@@ -46,7 +46,7 @@ def backward(
     up = RowGradients(live.take(upstream.logprob), live.take(upstream.lse), d_entropy)
     rows = RowStatistics.zeros(pipeline.target_logit, has_entropy=False)
     logits = pipeline.empty_logits()
-    gradient = GradientSum.of(pipeline, hidden, GradientSink(main_grad, is_held=False))
+    gradient = GradientSum.of(pipeline, hidden, GradientSink(main_grad))
     for part, live_count in live.parts():
         chunk, alive = pipeline.gather(hidden, part), Alive(None, live_count)
         partial = pipeline.run_logits(chunk, part, live_count, logits, has_moment=False)

@@ -187,13 +187,13 @@ class _Needs:
         models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
         tile = work.tile_classes
         logits = 4 * work.vocab_size * models if is_stored else 0
-        # A tile of logits or of their gradient; hidden states, those with a gradient, the gradient.
-        scratch = 4 * (tile + 3 * work.dim + work.teacher_dim + 32) + 72 * work.top_k
+        # A tile of logits or of their gradient; hidden states and their gradient; of the policy
+        # loss also the hidden states with a gradient.
+        copies = 2 + (work.operator is Operator.POLICY_LOSS)
+        scratch = 4 * (tile + copies * work.dim + work.teacher_dim + 32) + 72 * work.top_k
         scratch += work.dim * work.dtype.itemsize * (work.dtype != torch.float32)  # rounded
-        # In fp32: a tile of the weight, one of the teacher's, one of d_weight before it is rounded.
-        own, other = work.dtype, work.teacher_or_own_dtype
-        own_tiles = (1 + work.wanted.weight) * (own != torch.float32)
-        row = 4 * work.dim * own_tiles + 4 * work.teacher_dim * (other != torch.float32)
+        # In fp32: a tile of the weight; one of the teacher's or of d_weight before it is rounded.
+        row = 4 * (work.dim * (work.dtype != torch.float32) + work.shared_tile_dim)
         return cls(logits, scratch, 0, 0, row, tile * row, 1, 1, DEFAULT_CPU_BYTES, error)
 
     def tile(self, budget: int) -> int:

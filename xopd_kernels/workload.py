@@ -61,6 +61,13 @@ class Workload(NamedTuple):
         return min(NATIVE_TILE_CLASSES * factor, self.vocab_size)
 
     @property
+    def shared_tile_dim(self) -> int:
+        """Width of the fp32 memory of NATIVE for a tile of d_weight or of the teacher's weight."""
+        rounded = self.dim * (self.wanted.weight and self.dtype != torch.float32)
+        upcast = self.teacher_dim * (self.teacher_or_own_dtype != torch.float32)
+        return max(rounded, upcast)
+
+    @property
     def teacher_or_own_dtype(self) -> torch.dtype:
         """The dtype of the teacher, if there is one."""
         return self.teacher_dtype or self.dtype

@@ -9,6 +9,7 @@ large. Where there is no such memory (a frozen weight, main_grad, later chunks i
 the workspace. Everything is fp32; bf16 and fp16 weights are upcast tile by tile.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -32,12 +33,12 @@ class Model(NamedTuple):
     buffer: Tensor | None  # [step, D] fp32; None if the weight is fp32 itself
 
     @classmethod
-    def of(cls, head: Head, step: int) -> "Model":
-        """Allocate the buffer that weights are upcast into."""
+    def of(cls, head: Head, step: int, spare: Tensor | None = None) -> "Model":
+        """Take the buffer that weights are upcast into from `spare`, flat; None: allocate it."""
         weight = head.weight
         if weight.dtype == torch.float32:
             return cls(head, step, None)
-        return cls(head, step, weight.new_empty(step, weight.shape[1], dtype=torch.float32))
+        return cls(head, step, _tile(step, weight, spare))
 
     def tiles(self) -> Iterator[slice]:
         """The classes, tile by tile."""
@@ -113,9 +114,15 @@ class GradientSum(NamedTuple):
 
     @classmethod
     def of(
-        cls, call: Call, model: Model, hidden: Tensor, live: LiveRows, sink: GradientSink
+        cls,
+        call: Call,
+        model: Model,
+        hidden: Tensor,
+        live: LiveRows,
+        sink: GradientSink,
+        spare: Tensor | None = None,
     ) -> "GradientSum":
-        """Buffers for what is wanted of `hidden` [N, D]."""
+        """Buffers for what is wanted of `hidden` [N, D]; `spare`: memory that `add` may use."""
         weight, wanted, fp32 = call.head.weight, call.wanted, torch.float32
         out_dtype = call.held_dtype
         out = total = None
@@ -139,7 +146,7 @@ class GradientSum(NamedTuple):
             out,
             total,
             weight.new_zeros(len(weight), dtype=fp32) if wanted.bias else None,
-            weight.new_empty(tile_rows, weight.shape[1], dtype=fp32),
+            _tile(tile_rows, weight, spare),
             sink,
         )
 
@@ -217,6 +224,14 @@ class GradientSum(NamedTuple):
             nothing(0, dtype=weight_dtype) if weight is None else weight,
             nothing(0, dtype=held) if self.bias is None else self.bias.to(held),
         )
+
+
+def _tile(rows: int, weight: Tensor, spare: Tensor | None) -> Tensor:
+    """Memory [rows, D] fp32 for classes of `weight`, at the start of `spare` if there is one."""
+    size = rows, weight.shape[1]
+    if spare is None:
+        return weight.new_empty(size, dtype=torch.float32)
+    return spare[: math.prod(size)].view(size)
 
 
 def chunks(

@@ -24,8 +24,11 @@ def forward(
     weight = hidden.new_ones(len(hidden)) if token_weight is None else token_weight
     live = LiveRows.of(weight != 0)
     weight = live.take(weight).to(call.dtype).contiguous()
-    model, other = (Model.of(x, call.panel.tile_classes) for x in (call.head, teacher.head))
-    gradient = GradientSum.of(call, model, hidden, live, sink)
+    step = call.panel.tile_classes
+    # The teacher's weight is not upcast any more when a tile of d_weight has to be rounded.
+    spare = hidden.new_empty(step * call.work.shared_tile_dim, dtype=torch.float32)
+    model, other = Model.of(call.head, step), Model.of(teacher.head, step, spare)
+    gradient = GradientSum.of(call, model, hidden, live, sink, spare)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
         of_teacher = live.chunk(teacher.hidden, chunk.part).float().contiguous()

@@ -148,7 +148,9 @@ def _prepare(
     checks = [check(provider.prepare(problems.small)(), *truth.small, provider.budget)]
     _refuse_wrong(checks[-1], "on a fraction of the vocabulary")
     run = provider.prepare(problems.full)
+    start = time.perf_counter()
     results, full = _recorded(run, problems.full)
+    _refuse_slow(time.perf_counter() - start, limits.limit_s)
     sliced = {name: results[name][truth.rows] for name in truth.full[0] if name in results}
     del results
     checks.append(check(sliced, *truth.full, provider.budget))
@@ -262,6 +264,13 @@ def check(results: Results, truth: Results, plain: Results, budget: Budget) -> C
             max(worst.relative_error, error / size), max(worst.budget_used, error / allowed)
         )
     return worst
+
+
+def _refuse_slow(elapsed_s: float, limit_s: float) -> None:
+    """Of one that takes longer than its probes said: it may cut a large vocabulary otherwise."""
+    if elapsed_s > 2 * limit_s:  # the first pass also has its pages to fault in
+        reason = f"over {limit_s:g} s (its first pass took {elapsed_s:.0f} s)"
+        raise _StopError(Status.OVER_LIMIT, reason)
 
 
 def _refuse_wrong(found: Check, where: str) -> None:

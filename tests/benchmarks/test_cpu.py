@@ -154,6 +154,27 @@ def test_what_each_call_costs_is_not_taken_for_what_each_class_costs(monkeypatch
     assert 300 in seen
 
 
+def test_what_takes_longer_than_its_probes_said_is_stopped(monkeypatch):
+    prepare, given, seen = big_problems(monkeypatch, second_per_class=0.1)
+    right = named(Job.SCORING, "torch eager")
+
+    def slow_at_last(problem):
+        run = prepare(problem)
+        at_last = len(problem.weight) == SHAPE.vocab_size
+
+        def passes():
+            for _ in range(5 if at_last else 1):
+                run()
+            return right.prepare(problem)()
+
+        return passes
+
+    (outcome,) = measure_cell([Provider("slow", slow_at_last)], given, LIMITS)
+    assert outcome.status is Status.OVER_LIMIT
+    assert outcome.reason == "over 60 s (its first pass took 150 s)"
+    assert seen.count(300) == 5
+
+
 def test_what_does_not_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(measure, "available_bytes", lambda: 10)
     prepare = named(Job.SCORING, REFERENCE).prepare

@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +64,7 @@ class Outcome:
     peak_bytes: int | None = None  # of all allocations
     relative_error: float | None = None  # the worst result's, against fp64
     budget_used: float | None = None  # the worst result's error / what it may be
+    estimate_s: float | None = None  # of one pass; Status.OVER_LIMIT only
 
 
 class Problems(NamedTuple):
@@ -77,9 +78,9 @@ class Problems(NamedTuple):
 class _StopError(Exception):
     """A provider is not timed; carries its status and the reason."""
 
-    def __init__(self, status: Status, reason: str) -> None:
+    def __init__(self, status: Status, reason: str, estimate_s: float | None = None) -> None:
         super().__init__(reason)
-        self.status = status
+        self.status, self.estimate_s = status, estimate_s
 
 
 class Check(NamedTuple):
@@ -95,17 +96,28 @@ def fractions(vocab_size: int) -> tuple[int, int]:
     return max(_TINY_CLASSES, min(vocab_size // 1024, small)), small
 
 
-def measure_cell(listed: Sequence[Provider], problems: Problems, limits: Limits) -> list[Outcome]:
-    """Every provider's outcome: those that are right and fast enough take turns on the clock."""
+def measure_cell(
+    listed: Sequence[Provider],
+    problems: Problems,
+    limits: Limits,
+    slow_s: Mapping[str, float] | None = None,
+) -> list[Outcome]:
+    """Every provider's outcome: those that are right and fast enough take turns on the clock.
+
+    `slow_s`: seconds of a pass of those that need not be tried, from a cell with other inputs.
+    """
     truth = Truth.of(problems)
     outcomes: dict[str, Outcome] = {}
     ready: dict[str, Run] = {}
     for provider in listed:
         outcome = Outcome(provider.name, Status.OK, is_floor=provider.is_floor)
         try:
+            _refuse_known(provider, limits, slow_s or {})
             outcome, ready[provider.name] = _prepare(provider, problems, truth, limits, outcome)
         except _StopError as stop:
-            outcome = dataclasses.replace(outcome, status=stop.status, reason=str(stop))
+            outcome = dataclasses.replace(
+                outcome, status=stop.status, reason=str(stop), estimate_s=stop.estimate_s
+            )
         except (RuntimeError, TypeError, ValueError, MemoryError) as error:
             # One that fails must not end a run of hours: the table says so in its row.
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -183,7 +195,7 @@ def _probe(provider: Provider, problems: Problems, limit_s: float) -> None:
         if following_s > limit_s * (1 if is_last else _PROBE_SHARE) and estimate > limit_s:
             share = f"V/{round(classes[-1] / classes[i])}"
             reason = f"over {limit_s:g} s (estimated {estimate:.0f} s from {share})"
-            raise _StopError(Status.OVER_LIMIT, reason)
+            raise _StopError(Status.OVER_LIMIT, reason, estimate)
         bytes_at_peak.append(_recorded(run, problem)[1].total_bytes)
     need, free = extrapolated(bytes_at_peak, classes), available_bytes()
     if free is not None and need > free:
@@ -266,11 +278,18 @@ def check(results: Results, truth: Results, plain: Results, budget: Budget) -> C
     return worst
 
 
+def _refuse_known(provider: Provider, limits: Limits, slow_s: Mapping[str, float]) -> None:
+    """Of one that is far over the limit: with other inputs it will not be within."""
+    if (estimate_s := slow_s.get(provider.name)) is not None:
+        reason = f"over {limits.limit_s:g} s (about {estimate_s:.0f} s with other inputs)"
+        raise _StopError(Status.OVER_LIMIT, reason, estimate_s)
+
+
 def _refuse_slow(elapsed_s: float, limit_s: float) -> None:
     """Of one that takes longer than its probes said: it may cut a large vocabulary otherwise."""
     if elapsed_s > 2 * limit_s:  # the first pass also has its pages to fault in
         reason = f"over {limit_s:g} s (its first pass took {elapsed_s:.0f} s)"
-        raise _StopError(Status.OVER_LIMIT, reason)
+        raise _StopError(Status.OVER_LIMIT, reason, elapsed_s)
 
 
 def _refuse_wrong(found: Check, where: str) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import io
 import json
+import time
 
 import pytest
 import torch
@@ -330,3 +331,26 @@ def test_a_provider_that_this_torch_lacks_is_listed_with_its_reason(monkeypatch)
     assert "came with 2.13" in absent.absent
     (outcome,) = measure_cell([absent], problems(Job.SCORING), LIMITS)
     assert (outcome.status, outcome.reason) == (Status.ABSENT, absent.absent)
+
+
+def test_what_was_far_over_the_limit_is_not_tried_with_other_inputs(tmp_path):
+    path = tmp_path / "cpu.jsonl"
+    probed = []
+
+    def slow(job, dtype):
+        def prepare(problem):
+            def run():
+                probed.append(len(problem.weight))
+                time.sleep(0.02)
+                return {}
+
+            return run
+
+        return [Provider("slow", prepare, is_floor=True), named(job, REFERENCE, dtype)]
+
+    few = ("--jobs", "scoring", "--dtypes", "float32", "--rounds", "3", "--limit-s", "0.001")
+    lines = measured(path, *few, "--masked", "0", "50", listed=slow)
+    assert [x["outcomes"][0]["status"] for x in lines] == ["over limit"] * 4
+    assert len(probed) == 1  # of four cells
+    assert "with other inputs" in lines[1]["outcomes"][0]["reason"]
+    assert lines[3]["outcomes"][0]["estimate_s"] == lines[0]["outcomes"][0]["estimate_s"]

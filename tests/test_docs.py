@@ -146,11 +146,19 @@ def test_the_demo_table_is_the_measured_one(repository: Path) -> None:
     assert markdown_table(rows) in read(repository, "README.md")
 
 
-def test_the_cpu_table_is_the_measured_one(repository: Path) -> None:
-    """The README's figures come from the file that the benchmark wrote."""
-    text = read(repository, "benchmarks/results/cpu_512x1024x32000.jsonl")
+@pytest.mark.parametrize(
+    ("results", "page"),
+    [
+        ("cpu_512x1024x32000", "README.md"),
+        ("cpu_256x3584x152064", "benchmarks/README.md"),
+    ],
+)
+def test_a_cpu_table_is_the_measured_one(repository: Path, results: str, page: str) -> None:
+    """Figures on a page come from the file that the benchmark wrote."""
+    text = read(repository, f"benchmarks/results/{results}.jsonl")
     lines = [json.loads(line) for line in text.splitlines()]
-    readme = read(repository, "README.md")
-    assert short_table([line for line in lines if line["distribution"] == "random"]) in readme
+    shown = read(repository, page)
+    assert short_table([line for line in lines if line["distribution"] == "random"]) in shown
     (commit,) = {line["commit"] for line in lines}
-    assert f"--shapes 512x1024x32000`, commit {commit}" in readme
+    command = shown[: shown.index(f"commit {commit}")].rsplit("`", 2)[1]
+    assert results.removeprefix("cpu_") in command

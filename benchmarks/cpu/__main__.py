@@ -132,7 +132,10 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rounds", type=int, help=f"timed rounds (default: 7, smoke: {LEAST_ROUNDS})")
-    help_text = "a provider whose single pass is estimated longer is not run (default: 60)"
+    help_text = (
+        "a provider whose single pass is estimated longer is not run, one whose first takes twice "
+        "that is not timed (default: 60)"
+    )
     add("--limit-s", type=float, default=60.0, metavar="S", help=help_text)
     help_text = f"a cell's rounds end after this, {LEAST_ROUNDS} at least (default: 180)"
     add("--cell-s", type=float, default=180.0, metavar="S", help=help_text)

@@ -67,11 +67,12 @@ def memory_plan(
     come on top, see the fields.
 
     Not counted, because they depend on how the inputs lie: a copy of hidden [N, D] whose leading
-    dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight without unit stride
-    (TRITON), casts under autocast, and a second set of gradients where the graph is kept
-    (retain_graph), where the upstream gradient of a divergence differs from token to token, or
-    where the teacher's vocabulary is the smaller one (torch pads d_weight). NATIVE with a main_grad
-    that is added to in the backward pass has its later chunks of bf16 in the workspace.
+    dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight neither of whose
+    strides is 1 (TRITON: whole; NATIVE and REFERENCE: an fp32 one by tiles), casts under autocast,
+    and a second set of gradients where the graph is kept (retain_graph), where the upstream
+    gradient of a divergence differs from token to token, or where the teacher's vocabulary is the
+    smaller one (torch pads d_weight). NATIVE with a main_grad that is added to in the backward pass
+    has its later chunks of bf16 in the workspace.
 
     Example:
         >>> import torch

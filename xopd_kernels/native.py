@@ -367,8 +367,8 @@ def _logits(name: str, logits: Logits, first_class: int = 0) -> _Logits:
     x, bias, cap = logits.x, logits.bias, logits.cap
     if not 0 <= first_class < 2**62:
         raise ValueError(f"first_class must be a class number >= 0, got {first_class}")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"{name}.cap must be > 0 or None, got {cap}")
+    if cap is not None and not ctypes.c_float(cap).value > 0:  # C++ takes 0 for none
+        raise ValueError(f"{name}.cap must be > 0 in fp32 or None, got {cap}")
     return _Logits(
         _block(f"{name}.x", x),
         None if bias is None else _address(f"{name}.bias", bias, torch.float32, (x.shape[1],)),

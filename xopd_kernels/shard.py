@@ -27,7 +27,7 @@ class VocabShard(NamedTuple):
     def of(cls, weight: Tensor, group_name: str) -> "VocabShard":
         """The shard that `weight` [V_local, D] is of the group of that name ("": not sharded).
 
-        With a group the sizes are exchanged, which waits for the device once a call.
+        With a group the sizes are exchanged, which waits for the device.
         """
         size = weight.shape[0]
         if not group_name:

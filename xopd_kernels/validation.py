@@ -14,6 +14,8 @@ from xopd_kernels.backend import Backend, BackendChoice
 from xopd_kernels.records import Transform
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# 1 - beta is rounded to fp32; nearer to 1 little of it would be left.
+_LEAST_BETA = 1e-6
 
 
 def check_tensors(
@@ -162,10 +164,13 @@ def check_clamp(advantage_clamp: float) -> None:
 def check_beta(beta: float) -> None:
     """Raise unless beta names a divergence."""
     check_number("beta", beta)
+    meaning = "0 = KL(teacher || student), 1 = KL(student || teacher), between: Jensen-Shannon"
     if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}; {meaning}")
+    if beta not in (0.0, 1.0) and not _LEAST_BETA <= beta <= 1.0 - _LEAST_BETA:
         raise ValueError(
-            f"beta must lie in [0, 1], got {beta}; 0 = KL(teacher || student), "
-            "1 = KL(student || teacher), between: Jensen-Shannon"
+            f"beta must be 0, 1 or at least {_LEAST_BETA:g} from both, got {beta}: less of one "
+            f"model in the mixture is lost in fp32; {meaning}"
         )
 
 

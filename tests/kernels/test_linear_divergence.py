@@ -111,6 +111,14 @@ def test_gradcheck(call, beta):
     )
 
 
+@pytest.mark.parametrize("beta", [3e-8, 1.0 - 3e-8])
+def test_a_beta_that_fp32_cannot_tell_from_an_end_is_refused(beta):
+    heads = (torch.zeros(1, 2), torch.zeros(3, 2)) * 2
+    with pytest.raises(ValueError, match=r"beta must be 0, 1 or at least 1e-06 from both"):
+        linear_divergence(*heads, beta=beta)
+    assert torch.isfinite(linear_divergence(*heads, beta=1e-6).divergence).all()
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_bernoulli_by_hand(beta):
     """Two classes: p = sigmoid(2), q = sigmoid(-1)."""

@@ -23,9 +23,20 @@ class Call(NamedTuple):
     panel: Panel  # of NATIVE
 
     @classmethod
-    def of(cls, head: Head, work: Workload, backend: Backend, budget: int | None) -> "Call":
-        """Cut the rows within the budget; ValueError if it is too small."""
-        shard = VocabShard.of(head.weight, head.vocab_group)
+    def of(
+        cls,
+        head: Head,
+        work: Workload,
+        backend: Backend,
+        budget: int | None,
+        shard: VocabShard | None = None,
+    ) -> "Call":
+        """Cut the rows within the budget; ValueError if it is too small.
+
+        `shard`: of another call with the same head; None: found out, by asking the other ranks.
+        """
+        if shard is None:
+            shard = VocabShard.of(head.weight, head.vocab_group)
         # Chunks for the largest shard: every rank of a group must cut the rows alike, however
         # uneven the shards, or their collectives would not meet.
         work = work._replace(vocab_size=shard.largest)

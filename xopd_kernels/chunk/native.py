@@ -314,13 +314,13 @@ def sweep(
     excludes_ids: bool = False,
 ) -> native.Running:
     """Compute the logits of a chunk and fold them into statistics; `ids` [rows, K] ascending."""
-    rows = len(chunk.hidden)
-    total = torch.zeros(rows, dtype=torch.float64)
+    hidden, rows = chunk.hidden, len(chunk.hidden)
+    total = hidden.new_zeros(rows, dtype=torch.float64)
     running = native.Running(
-        torch.full((rows,), -torch.inf),
+        hidden.new_full((rows,), -torch.inf),
         total,
         torch.zeros_like(total) if needs_moment else None,
-        torch.zeros(ids.shape),
+        hidden.new_zeros(ids.shape),
     )
     for tile in model.tiles():
         logits = chunk.fill(model, tile)

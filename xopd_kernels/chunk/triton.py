@@ -53,7 +53,7 @@ class ChunkPipeline(NamedTuple):
         if shard.group is not None:
             local = target - shard.offset
             target = local.where((local >= 0) & (local < len(weight)), -1)
-        target_logit = torch.full(target.shape, torch.nan, device=target.device)
+        target_logit = head.weight.new_full(target.shape, torch.nan, dtype=torch.float32)
         bias = None if head.bias is None else head.bias.contiguous()
         return cls(call, live, weight, bias, target, target_logit, capability)
 

@@ -34,7 +34,7 @@ def forward(
         of_teacher = live.chunk(teacher.hidden, chunk.part).float().contiguous()
         student = _Filled.of(model, chunk)
         reference = _Filled.of(other, Chunk(chunk.part, of_teacher, chunk.store, place=1))
-        value, slope_sum = (torch.zeros(len(of_teacher), dtype=torch.float64) for _ in range(2))
+        value, slope_sum = of_teacher.new_zeros(2, len(of_teacher), dtype=torch.float64)
         for tile in model.tiles():
             sides = student.side(tile), reference.side(tile)
             native.add_divergence(*sides, beta, value, slope_sum)
@@ -56,7 +56,7 @@ class _Filled(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, chunk: Chunk) -> "_Filled":
-        no_ids = torch.empty(len(chunk.hidden), 0, dtype=torch.int64)
+        no_ids = chunk.hidden.new_empty(len(chunk.hidden), 0, dtype=torch.int64)
         running = sweep(model, chunk, no_ids)
         maximum = running.maximum.where(running.maximum != -torch.inf, 0.0)
         return cls(model, chunk, maximum, running.total.log().float())

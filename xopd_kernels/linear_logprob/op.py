@@ -48,9 +48,10 @@ def linear_logprob_op(
     head = Head(weight, bias, temperature, softcap, logit_scale, vocab_group)
     chosen = resolve(backend, hidden.device, hidden.dtype)
     work = _workload(hidden, head, Wanted(False, False, False), needs_entropy)
+    shard = None
     if needs_gradient:  # first, as it needs more
-        Call.of(head, work._replace(wanted=_ALL), chosen, memory_budget_bytes)
-    call = Call.of(head, work, chosen, memory_budget_bytes)
+        shard = Call.of(head, work._replace(wanted=_ALL), chosen, memory_budget_bytes).shard
+    call = Call.of(head, work, chosen, memory_budget_bytes, shard)
     if chosen is Backend.TRITON:
         from xopd_kernels.linear_logprob.triton import forward
     elif chosen is Backend.NATIVE:

@@ -2,7 +2,6 @@
 
 import operator
 
-import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
@@ -29,7 +28,7 @@ def forward(
     softmax = Softmax.of(call, target, live)
     gradient = GradientSum.of(call, softmax.model, hidden, live, sink)
     terms = terms.map(lambda values: live.take(values).to(call.dtype))
-    rows = Rows.empty(live.live, torch.empty(0))
+    rows = Rows.empty(live.live, hidden.new_empty(0, dtype=call.dtype))
     for chunk in chunks(call, hidden, live, gradient, call.work.has_gradient):
         stats = softmax.forward(chunk)
         token = token_loss(stats.logprob, terms.map(operator.itemgetter(chunk.part)))

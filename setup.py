@@ -9,6 +9,7 @@ import platform
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
@@ -32,6 +33,13 @@ def instruction_sets() -> dict[str, list[str]]:
 class BuildNative(build_ext):
     """Compiles and links without Python's headers, under a name without Python's version."""
 
+    is_for_checkout = False
+
+    def run(self) -> None:
+        # Noted now: while it builds, setuptools says that nothing is in place.
+        self.is_for_checkout = bool(self.inplace) or self.editable_mode
+        super().run()
+
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", "/") + ".so"
 
@@ -41,9 +49,11 @@ class BuildNative(build_ext):
         built = Path(target)
         if built.exists() and all(p.stat().st_mtime < built.stat().st_mtime for p in inputs):
             return
-        # Not the old one under new sources, should they not compile.
-        for old in (built, Path(self.get_ext_filename(ext.name))):
-            old.unlink(missing_ok=True)
+        # Not the old one under new sources, should they not compile; in the checkout only where
+        # that is what is installed.
+        built.unlink(missing_ok=True)
+        if self.is_for_checkout:
+            Path(self.get_ext_filename(ext.name)).unlink(missing_ok=True)
         # The same sources once more: their objects go to a folder of their own.
         folder = Path(self.build_temp, ext.name)
         try:
@@ -59,6 +69,14 @@ class BuildNative(build_ext):
                 f"{ext.name} was not built ({error}); the package works without it, and slower on "
                 "a CPU. Install a C++17 compiler (g++, or another one in CXX) and the package again"
             )
+
+
+class Wheel(bdist_wheel):
+    """Tagged for the platform alone: any Python 3 loads what is in it."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        *_, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
 
 
 def extensions() -> list[Extension]:
@@ -77,4 +95,4 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative})
+setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})

@@ -52,14 +52,18 @@ test-interpret: $(VENV)/peers  ## the Triton kernels in Triton's interpreter, on
 test-compile: $(VENV)/dev  ## every tile compiled for sm_80, sm_90 and sm_100, without a GPU
 	$(BIN)/python -m pytest -m compile
 
-build/sanitize.so: $(NATIVE)
+SANITIZED := build/sanitize_portable.so build/sanitize_native.so
+build/sanitize_native.so: WIDTH := -march=native
+$(SANITIZED): $(NATIVE)
 	@mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -march=native -fPIC -shared -Wall -Wextra -Werror -Icsrc \
+	$(CXX) -std=c++17 -g -O1 $(WIDTH) -fPIC -shared -Wall -Wextra -Werror -Icsrc \
 		-fsanitize=address,undefined -fno-sanitize-recover -o $@ $(filter %.cpp,$(NATIVE))
 
-test-sanitize: $(VENV)/dev build/sanitize.so  ## the native kernels under address and UB sanitizers
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
-		$(BIN)/python -m pytest -s tests/native --native-library=build/sanitize.so
+test-sanitize: $(VENV)/dev $(SANITIZED)  ## the native kernels under address and UB sanitizers
+	for object in $(SANITIZED); do \
+		LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+			$(BIN)/python -m pytest -s tests/native --native-library=$$object || exit 1; \
+	done
 
 test-gpu: $(VENV)/dev  ## the device lane; skips where CUDA is missing and says so
 	$(BIN)/python -m pytest -m gpu

@@ -97,10 +97,11 @@ def top_k_terms(
     top = torch.where(top != -torch.inf, top - maximum, 0.0)
     total = rest * top.exp() + at_ids.exp().sum(1)
     log_total = total.log()
-    teacher_lse = teacher.logprob.logsumexp(1)
+    mass = teacher.logprob.double().logsumexp(1)  # in fp32 a small tail, 1 - mass, has few digits
+    teacher_lse = mass.to(at_ids.dtype)
     log_p, log_q = at_ids - log_total[:, None], teacher.logprob
     if teacher.has_tail:
-        log_rest = torch.log((-teacher_lse.expm1()).clamp(min=TAIL_FLOOR))
+        log_rest = torch.log((-mass.expm1()).clamp(min=TAIL_FLOOR)).to(at_ids.dtype)
         if not has_rest:
             log_rest = torch.full_like(log_rest, -torch.inf)
         log_p = torch.cat((log_p, (top + rest.log() - log_total)[:, None]), 1)

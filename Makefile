@@ -76,19 +76,19 @@ lint: $(VENV)/dev  ## ruff (rules and format) and spelling
 type: $(VENV)/dev  ## mypy --strict
 	$(BIN)/mypy
 
-smoke: $(VENV)/dev  ## every benchmark on tiny shapes
-	$(BIN)/python -m benchmarks.linear_logprob --smoke
-	$(BIN)/python -m benchmarks.linear_policy_loss --smoke
-	$(BIN)/python -m benchmarks.linear_divergence --smoke
-	$(BIN)/python -m benchmarks.cpu --smoke
+smoke: $(VENV)/peers  ## every benchmark on tiny shapes
+	rm -rf build/smoke
+	PYTHON=$(BIN)/python bash benchmarks/gpu.sh build/smoke --smoke
+	$(BIN)/xopd bench report build/smoke/bench.jsonl --plots build/smoke/plots > /dev/null
+	$(BIN)/python -m benchmarks.train_step --smoke
+	$(BIN)/python -m pytest -q benchmarks/test_cpu.py --bench-shape 24x16x300 --benchmark-disable
 
-bench: $(VENV)/dev  ## the benchmarks at full size
-	$(BIN)/python -m benchmarks.linear_logprob
-	$(BIN)/python -m benchmarks.linear_policy_loss
-	$(BIN)/python -m benchmarks.linear_divergence
+bench: $(VENV)/peers  ## everything at full size on this machine; goes on where it ended
+	$(BIN)/xopd bench --output build/bench.jsonl
 
 bench-cpu: $(VENV)/peers  ## every way to the same numbers on this CPU; hours, goes on where it ended
-	$(BIN)/python -m benchmarks.cpu --output benchmarks/results/cpu.jsonl
+	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-autosave
+	$(BIN)/xopd bench --device cpu --output benchmarks/results/cpu.jsonl
 
 check: lint type test test-reference test-interpret test-compile test-sanitize smoke  ## what CI runs
 

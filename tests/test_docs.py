@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.cpu.report import short_table
 from xopd.recipes.demo import Row, markdown_table
+from xopd_bench.report import short_table
 
 DOCUMENTS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -34,7 +34,15 @@ def test_the_kernels_never_import_the_trainer(repository: Path) -> None:
     assert files
     for path in files:
         tops = {name.split(".")[0] for name in imported_names(path)}
-        assert not tops & {"xopd", "transformers", "benchmarks", "tests"}, path
+        assert not tops & {"xopd", "xopd_bench", "transformers", "benchmarks", "tests"}, path
+
+
+def test_the_benchmarks_never_import_the_trainer(repository: Path) -> None:
+    files = sorted((repository / "xopd_bench").rglob("*.py"))
+    assert files
+    for path in files:
+        tops = {name.split(".")[0] for name in imported_names(path)}
+        assert not tops & {"xopd", "benchmarks", "tests"}, path
 
 
 def test_the_trainer_imports_only_the_public_kernels(repository: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES, MAX_KERNEL_LINES = 60, 120
 MAX_ARGUMENTS, MAX_KERNEL_ARGUMENTS = 8, 20
-FOLDERS = ("xopd", "xopd_kernels", "benchmarks", "tests")
+FOLDERS = ("xopd", "xopd_bench", "xopd_kernels", "benchmarks", "tests")
 
 # Functions that may take more arguments, each with its reason.
 MANY_ARGUMENTS = {
@@ -117,6 +117,10 @@ def test_every_exception_is_still_needed(repository: Path, table: dict[str, str]
         ), f"{entry} fits by now: take it off the list"
 
 
+# Code of other libraries may raise anything; a benchmark of hours lists it as failed and goes on.
+CATCH_ALL = ("xopd_bench/measure.py", "xopd_bench/providers/provider.py")
+
+
 def test_library_code_takes_no_catch_all_and_hides_no_error(repository: Path) -> None:
     found = []
     for name, path in python_files(repository):
@@ -124,7 +128,9 @@ def test_library_code_takes_no_catch_all_and_hides_no_error(repository: Path) ->
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler) and (
-                node.type is None or ast.unparse(node.type) in ("Exception", "BaseException")
+                node.type is None
+                or ast.unparse(node.type) == "BaseException"
+                or (ast.unparse(node.type) == "Exception" and name not in CATCH_ALL)
             ):
                 found.append(f"{name}:{node.lineno}: catches everything")
             if isinstance(node, Function) and node.args.kwarg is not None:

@@ -6,19 +6,9 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from xopd.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    RolloutConfig,
-    config_template,
-    dump_config,
-    field_docs,
-    load_config,
-)
 from xopd.errors import UserError
 from xopd_kernels import BackendUnavailableError, __version__
 
@@ -30,6 +20,7 @@ examples:
   xopd train my.yaml optim.learning_rate=1e-4   train; the same command resumes
   xopd eval runs/demo/seed_0/student --teacher TEACHER --data runs/demo/data
   xopd doctor                                   what this machine can run, and why not the rest
+  xopd bench --smoke                            our operators beside every other library's
 """
 
 Parsers = argparse._SubParsersAction  # the type has no public name
@@ -48,6 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, BackendUnavailableError) as error:
         print(f"xopd: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in _OWN:
+            raise  # a fault of ours
+        print(f"xopd: error: {_missing(error, _COMMANDS[args.command][1])}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("xopd: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -62,14 +58,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"xopd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_demo(commands)
-    _add_data(commands)
-    _add_config(commands)
-    _add_train(commands)
-    _add_eval(commands)
-    _add_report(commands)
-    _add_doctor(commands)
+    for name, (add, extra) in _COMMANDS.items():
+        try:
+            add(commands)
+        except ModuleNotFoundError as error:
+            _add_missing(commands, name, _missing(error, extra))
     return parser
+
+
+def _missing(error: ModuleNotFoundError, extra: str) -> str:
+    return f"this command needs {error.name}: pip install 'xopd[{extra}]'"
+
+
+def _add_missing(commands: Parsers[argparse.ArgumentParser], name: str, reason: str) -> None:
+    """A command whose packages are not installed: it is listed, and says what to install."""
+    parser = commands.add_parser(name, help=reason, add_help=False)
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+
+    def run(args: argparse.Namespace) -> int:
+        raise UserError(reason)
+
+    parser.set_defaults(run=run)
+
+
+def _add_bench(commands: Parsers[argparse.ArgumentParser]) -> None:
+    from xopd_bench.cli import add_bench_parser
+
+    add_bench_parser(commands)
 
 
 def _add_demo(commands: Parsers[argparse.ArgumentParser]) -> None:
@@ -123,6 +138,8 @@ def _add_config(commands: Parsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="overrides, last one wins")
 
     def run(args: argparse.Namespace) -> int:
+        from xopd.config import config_template, dump_config, load_config
+
         if args.config is None:
             print(config_template(), end="")
         else:
@@ -133,6 +150,8 @@ def _add_config(commands: Parsers[argparse.ArgumentParser]) -> None:
 
 
 def _add_train(commands: Parsers[argparse.ArgumentParser]) -> None:
+    from xopd.config import field_docs, load_config
+
     fields = "\n".join(f"  {doc.name} ({doc.takes})\n      {doc.doc}" for doc in field_docs())
     parser = commands.add_parser(
         "train",
@@ -174,6 +193,7 @@ def _add_eval(commands: Parsers[argparse.ArgumentParser]) -> None:
     parser.add_argument("--out", type=Path, help="write the JSON here as well")
 
     def run(args: argparse.Namespace) -> int:
+        from xopd.config import Config, DataConfig, ModelConfig, RolloutConfig
         from xopd.files import write_atomically
         from xopd.run import evaluate_folder
 
@@ -230,3 +250,17 @@ def _add_doctor(commands: Parsers[argparse.ArgumentParser]) -> None:
         return 0
 
     parser.set_defaults(run=run)
+
+
+# Each command, and the extra of the package that it needs.
+_COMMANDS: dict[str, tuple[Callable[[Parsers[argparse.ArgumentParser]], None], str]] = {
+    "demo": (_add_demo, "train"),
+    "data": (_add_data, "train"),
+    "config": (_add_config, "train"),
+    "train": (_add_train, "train"),
+    "eval": (_add_eval, "train"),
+    "report": (_add_report, "train"),
+    "bench": (_add_bench, "bench"),
+    "doctor": (_add_doctor, "train"),
+}
+_OWN = ("xopd", "xopd_bench", "xopd_kernels")

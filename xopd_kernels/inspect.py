@@ -5,6 +5,7 @@ GPU needed), and prints registers, spills, stack, shared memory, tensor-core ins
 global atomics. A kernel with a problem (see `problems`) is named, and the exit status is 1.
 """
 
+import argparse
 import collections
 import itertools
 import pathlib
@@ -254,6 +255,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 def main() -> int:
     """Print the table; 1 if a kernel has a problem, 2 if nothing can be compiled here."""
+    argparse.ArgumentParser(prog="python -m xopd_kernels.inspect", description=__doc__).parse_args()
     if triton.knobs.runtime.interpret:
         print("TRITON_INTERPRET is set: the interpreter compiles nothing; unset it")
         return 2

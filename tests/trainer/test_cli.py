@@ -165,3 +165,22 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
     assert build_parser().prog == "xopd"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "text"),
+    [
+        (["--help"], 0, "pip install 'xopd[train]'"),
+        (["train", "x.yaml", "--quiet"], 2, "this command needs yaml: pip install 'xopd[train]'"),
+        (["bench", "--help"], 0, "xopd bench report"),
+    ],
+)
+def test_a_missing_package_is_named_and_the_other_commands_work(
+    arguments: list[str], status: int, text: str
+) -> None:
+    code = "import sys; sys.modules['yaml'] = None; from xopd.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == status, done.stderr
+    assert text in " ".join((done.stdout + done.stderr).split())
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,201 @@
+"""PNGs of JSON lines: time against N, memory against N, and the roofline."""
+
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from xopd_bench.cell import Cell, Job, Shape
+from xopd_bench.measure import Status
+from xopd_bench.providers.ours import PREFIX
+from xopd_bench.record import Line
+from xopd_bench.report import latest, right, run_key, run_title
+from xopd_kernels.testing import Distribution
+
+_MARKERS = "os^vDPX*<"  # nine: with ten colors no two of 90 look the same
+
+
+class Look(NamedTuple):
+    """How a provider is drawn, in every panel the same."""
+
+    color: str
+    marker: str
+    is_ours: bool
+
+
+def write_plots(lines: Sequence[Line], folder: Path) -> list[Path]:
+    """One PNG for each kind, run, head, dtype and distribution; returns their paths.
+
+    Cells without masked tokens, because those with them are other problems.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, list[Line]] = {}
+    runs: dict[tuple[str, ...], int] = {}
+    looks = _looks(lines)
+    for line in latest(lines):
+        if line["masked_percent"] == 0:
+            run = runs.setdefault(run_key(line), len(runs) + 1)
+            head = f"{line['dim']}x{line['vocab_size']}"
+            about = (f"run{run}", line["commit"], head, line["dtype"], line["distribution"])
+            groups.setdefault("_".join(about), []).append(line)
+    paths = []
+    for stem, group in groups.items():
+        paths += list(_against_rows(group, looks, folder, stem))
+        paths.append(_roofline(group, looks, folder / f"roofline_{stem}.png"))
+    return paths
+
+
+def _looks(lines: Sequence[Line]) -> dict[str, Look]:
+    """A look for each provider; the order in which they are listed decides."""
+    names = dict.fromkeys(x["provider"] for line in lines for x in line["outcomes"])
+    return {
+        name: Look(f"C{i % 10}", _MARKERS[i % len(_MARKERS)], name.startswith(PREFIX))
+        for i, name in enumerate(names)
+    }
+
+
+def _against_rows(
+    lines: Sequence[Line], looks: Mapping[str, Look], folder: Path, stem: str
+) -> Iterator[Path]:
+    """Time and memory of every provider against N, or as bars where there is one N; by job."""
+    kinds = {
+        "time": ("median_ms", 1.0, "ms, median"),
+        "memory": ("extra_bytes", 1e-6, "MB beside inputs, gradients and an fp32 d_weight"),
+    }
+    jobs = sorted({line["job"] for line in lines}, key=[x.value for x in Job].index)
+    draw = _draw_lines if len({line["rows"] for line in lines}) > 1 else _draw_bars
+    for kind, (field, factor, label) in kinds.items():
+        figure, axes = pyplot.subplots(1, len(jobs), figsize=(5.5 * len(jobs), 5.5), squeeze=False)
+        for axis, job in zip(axes[0], jobs, strict=True):
+            of_job = sorted((x for x in lines if x["job"] == job), key=lambda x: x["rows"])
+            draw(axis, of_job, looks, Quantity(field, factor, label))
+            axis.set_title(job.replace("_", " "))
+            place = axis.transAxes
+            axis.text(0.0, -0.14, _too_large(of_job), transform=place, fontsize=7, va="top")
+        path = folder / f"{kind}_{stem}.png"
+        sizes = f"D {lines[0]['dim']}, V {lines[0]['vocab_size']}, {lines[0]['dtype']}"
+        title = f"{sizes}, {lines[0]['distribution']}; {run_title(lines[0])}"
+        figure.suptitle(textwrap.fill(title, 70 * len(jobs)), fontsize=9)
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
+        yield path
+
+
+def _too_large(lines: Sequence[Line]) -> str:
+    """Who ran out of memory, and from how many tokens on."""
+    least: dict[str, int] = {}
+    for line in lines:
+        for outcome in line["outcomes"]:
+            if outcome["status"] == Status.TOO_LARGE.value:
+                name = outcome["provider"]
+                least[name] = min(line["rows"], least.get(name, line["rows"]))
+    if not least:
+        return ""
+    found = ", ".join(f"{name} (N {rows:,})" for name, rows in least.items())
+    return textwrap.fill(f"does not fit: {found}", 90)
+
+
+class Quantity(NamedTuple):
+    """What is drawn: a field of an outcome, in the unit of the label."""
+
+    field: str
+    factor: float
+    label: str
+
+    @property
+    def scale(self) -> str:
+        """Times are never 0; memory beside the gradients may be."""
+        return "log" if self.field == "median_ms" else "symlog"
+
+    def of(self, outcome: Mapping[str, Any]) -> float | None:
+        """The value; None where it was not measured."""
+        value = outcome[self.field]
+        return None if value is None else value * self.factor
+
+
+def _draw_lines(
+    axis: Axes, lines: Sequence[Line], looks: Mapping[str, Look], quantity: Quantity
+) -> None:
+    for name, look in looks.items():
+        measured = [(x["rows"], quantity.of(right(x)[name])) for x in lines if name in right(x)]
+        points = [(rows, value) for rows, value in measured if value is not None]
+        if points:
+            width = 2.5 if look.is_ours else 1.2
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, label=name, color=look.color, marker=look.marker, linewidth=width)
+    axis.set_xscale("log", base=2)
+    axis.set_yscale(quantity.scale)
+    axis.set(xlabel="N, tokens", ylabel=quantity.label)
+    axis.grid(visible=True, alpha=0.3)
+    if axis.lines:
+        axis.legend(fontsize=7)
+
+
+def _draw_bars(
+    axis: Axes, lines: Sequence[Line], looks: Mapping[str, Look], quantity: Quantity
+) -> None:
+    """The first provider on top, each with its value."""
+    (line,) = lines
+    measured = [(name, quantity.of(outcome)) for name, outcome in right(line).items()]
+    shown = [(name, value) for name, value in reversed(measured) if value is not None]
+    names, values = [name for name, _ in shown], [value for _, value in shown]
+    colors = [looks[name].color for name in names]
+    bars = axis.barh(names, values, color=colors)
+    axis.bar_label(bars, [f"{value:,.3g}" for value in values], padding=2, fontsize=7)
+    for label, name in zip(axis.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if looks[name].is_ours else "normal")
+    axis.set_xscale(quantity.scale)
+    axis.set(xlabel=f"{quantity.label}; N = {line['rows']:,}")
+    axis.margins(x=0.15)
+    axis.grid(visible=True, axis="x", alpha=0.3)
+
+
+def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> Path:
+    """Operations a second against operations a byte, under what this run's device can do."""
+    figure, axis = pyplot.subplots(figsize=(8, 5.5))
+    top, rate = (max(x.get(name, 0.0) for x in lines) for name in ("gemm_tflop_s", "copy_gb_s"))
+    intensities = [cell.least_flop / cell.least_bytes for cell in map(_cell, lines)]
+    if top and rate:
+        ends = [min(intensities) / 4, max(intensities) * 4]
+        middle = [x for x in (top * 1e3 / rate,) if ends[0] < x < ends[1]]
+        grid = sorted(ends + middle)
+        bound = [min(top, x * rate * 1e-3) for x in grid]
+        axis.plot(grid, bound, "k-", label=f"torch.mm {top:.3g} TFLOP/s, copy {rate:.3g} GB/s")
+    for name, look in looks.items():
+        points = [
+            (intensity, right(line)[name]["tflop_s"])
+            for line, intensity in zip(lines, intensities, strict=True)
+            if name in right(line) and right(line)[name].get("tflop_s")
+        ]
+        if points:
+            x, y = zip(*points, strict=True)
+            size = 60 if look.is_ours else 25
+            axis.scatter(x, y, s=size, color=look.color, marker=look.marker, label=name)
+    axis.set(xscale="log", yscale="log", xlabel="FLOP / byte, least", ylabel="TFLOP/s")
+    axis.set_title(textwrap.fill(run_title(lines[0]), 100), fontsize=8)
+    axis.grid(visible=True, which="both", alpha=0.3)
+    if axis.has_data():
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return path
+
+
+def _cell(line: Line) -> Cell:
+    import torch
+
+    return Cell(
+        Shape(line["rows"], line["dim"], line["vocab_size"]),
+        getattr(torch, line["dtype"]),
+        Job(line["job"]),
+        Distribution(line["distribution"]),
+        line["masked_percent"],
+    )

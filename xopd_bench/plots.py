@@ -15,7 +15,7 @@ from xopd_bench.cell import Cell, Job, Shape
 from xopd_bench.measure import Status
 from xopd_bench.providers.ours import PREFIX
 from xopd_bench.record import Line
-from xopd_bench.report import latest, right, run_key, run_title
+from xopd_bench.report import latest, number, right, run_key, run_title
 from xopd_kernels.testing import Distribution
 
 _MARKERS = "os^vDPX*<"  # nine: with ten colors no two of 90 look the same
@@ -66,7 +66,7 @@ def _against_rows(
     """Time and memory of every provider against N, or as bars where there is one N; by job."""
     kinds = {
         "time": ("median_ms", 1.0, "ms, median"),
-        "memory": ("extra_bytes", 1e-6, "MB beside inputs, gradients and an fp32 d_weight"),
+        "memory": ("extra_bytes", 1e-6, "MB beyond inputs, gradients, one fp32 d_weight"),
     }
     jobs = sorted({line["job"] for line in lines}, key=[x.value for x in Job].index)
     draw = _draw_lines if len({line["rows"] for line in lines}) > 1 else _draw_bars
@@ -132,7 +132,8 @@ def _draw_lines(
             axis.plot(x, y, label=name, color=look.color, marker=look.marker, linewidth=width)
     axis.set_xscale("log", base=2)
     axis.set_yscale(quantity.scale)
-    axis.set(xlabel="N, tokens", ylabel=quantity.label)
+    axis.set_xlabel("N, tokens")
+    axis.set_ylabel(quantity.label, fontsize=8)
     axis.grid(visible=True, alpha=0.3)
     if axis.lines:
         axis.legend(fontsize=7)
@@ -148,11 +149,10 @@ def _draw_bars(
     names, values = [name for name, _ in shown], [value for _, value in shown]
     colors = [looks[name].color for name in names]
     bars = axis.barh(names, values, color=colors)
-    axis.bar_label(bars, [f"{value:,.3g}" for value in values], padding=2, fontsize=7)
+    axis.bar_label(bars, [number(value) for value in values], padding=2, fontsize=7)
     for label, name in zip(axis.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if looks[name].is_ours else "normal")
-    axis.set_xscale(quantity.scale)
-    axis.set(xlabel=f"{quantity.label}; N = {line['rows']:,}")
+    axis.set_xlabel(f"{quantity.label}; N = {line['rows']:,}", fontsize=8)
     axis.margins(x=0.15)
     axis.grid(visible=True, axis="x", alpha=0.3)
 
@@ -161,7 +161,8 @@ def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> P
     """Operations a second against operations a byte, under what this run's device can do."""
     figure, axis = pyplot.subplots(figsize=(8, 5.5))
     top, rate = (max(x.get(name, 0.0) for x in lines) for name in ("gemm_tflop_s", "copy_gb_s"))
-    intensities = [cell.least_flop / cell.least_bytes for cell in map(_cell, lines)]
+    cells = [_cell(line) for line in lines]
+    intensities = [cell.least_flop / cell.least_bytes for cell in cells]
     if top and rate:
         ends = [min(intensities) / 4, max(intensities) * 4]
         middle = [x for x in (top * 1e3 / rate,) if ends[0] < x < ends[1]]
@@ -170,9 +171,9 @@ def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> P
         axis.plot(grid, bound, "k-", label=f"torch.mm {top:.3g} TFLOP/s, copy {rate:.3g} GB/s")
     for name, look in looks.items():
         points = [
-            (intensity, right(line)[name]["tflop_s"])
-            for line, intensity in zip(lines, intensities, strict=True)
-            if name in right(line) and right(line)[name].get("tflop_s")
+            (intensity, _tflop_s(cell, right(line)[name]))
+            for line, cell, intensity in zip(lines, cells, intensities, strict=True)
+            if name in right(line)
         ]
         if points:
             x, y = zip(*points, strict=True)
@@ -187,6 +188,12 @@ def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> P
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def _tflop_s(cell: Cell, outcome: Mapping[str, Any]) -> float:
+    """Of the GEMMs over the tokens that count; the bare GEMMs multiply all."""
+    flop = cell.all_flop if outcome["is_floor"] else cell.least_flop
+    return float(flop / outcome["median_ms"] * 1e-9)
 
 
 def _cell(line: Line) -> Cell:

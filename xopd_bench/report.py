@@ -167,7 +167,7 @@ class _Summary(NamedTuple):
             if outcome is None:
                 return "-"
             value = outcome["median_ms"]
-            return _number(value) + (f" ({value / floor:.2f} x)" if floor else "")
+            return number(value) + (f" ({value / floor:.2f} x)" if floor else "")
 
         def extra(name: str) -> str:
             return _megabytes(measured[name]["extra_bytes"]) if name in measured else "-"
@@ -178,7 +178,7 @@ class _Summary(NamedTuple):
         return cls(
             line["job"].replace("_", " "),
             f"{line['distribution']}, {line['masked_percent']} %",
-            "-" if floor is None else _number(floor),
+            "-" if floor is None else number(floor),
             time(measured.get(EAGER)),
             "-" if peer is None else f"{peer['provider']}: {time(peer)}",
             time(measured.get(REFERENCE)),
@@ -229,8 +229,8 @@ def _rows(line: Line) -> Iterator[str]:
                 reason += f"; relative error {outcome['relative_error']:.1e}"
             yield f"| {inputs} | {shown} | {status}: {reason} |" + " |" * 7
             continue
-        spread = f"[{_number(outcome['p20_ms'])}, {_number(outcome['p80_ms'])}]"
-        time = f"{_number(outcome['median_ms'])} {spread}"
+        spread = f"[{number(outcome['p20_ms'])}, {number(outcome['p80_ms'])}]"
+        time = f"{number(outcome['median_ms'])} {spread}"
         if name == best:
             shown, time = f"**{shown}**", f"**{time}**"
         cells = [inputs, shown, time, _factor(outcome["of_gemms"])]
@@ -241,7 +241,8 @@ def _rows(line: Line) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Three digits, and whole from 100 on."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

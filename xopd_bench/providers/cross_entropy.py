@@ -22,8 +22,8 @@ _LOSSES = (Job.POLICY_LOSS, Job.FROZEN_HEAD)
 def providers(job: Job, where: Where) -> Iterator[Provider]:
     """Cut Cross-Entropy as it comes, which leaves small gradients out, and exact; QuACK; FLA."""
     cut = Package.of("cut-cross-entropy", "cut_cross_entropy")
-    for name, impl in (("CCE", "cce"), ("CCE exact", "cce_exact")):
-        prepare: Prepare = functools.partial(_cut, impl)
+    for name, is_filtered in (("CCE", True), ("CCE exact", False)):
+        prepare: Prepare = functools.partial(_cut, is_filtered)
         chosen: Prepare | None = prepare if job in (*_LOSSES, Job.SCORING) else None
         if job is Job.ADVANTAGE:
             chosen = advantage_of(prepare)
@@ -44,19 +44,21 @@ def providers(job: Job, where: Where) -> Iterator[Provider]:
         yield package.provider(name, where, needs, prepare if job in _LOSSES else None)
 
 
-def _cut(impl: str, problem: Problem) -> Run:
+def _cut(is_filtered: bool, problem: Problem) -> Run:
     from cut_cross_entropy import linear_cross_entropy
 
+    call = linear_cross_entropy
+    if not is_filtered:
+        call = functools.partial(call, filter_eps=None)
     reduction = "none" if problem.job is Job.SCORING else "sum"
 
     def run() -> Results:
-        loss = linear_cross_entropy(
+        loss = call(
             problem.hidden,
             problem.weight,
             problem.target,
             ignore_index=IGNORED,
             reduction=reduction,
-            impl=impl,
         )
         if problem.job is Job.SCORING:
             return {"logprob": -loss}

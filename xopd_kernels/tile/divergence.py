@@ -299,7 +299,7 @@ def topk_divergence_kernel(
         base = tl.where(base == float("-inf"), 0.0, base)
         rest = tl.sum(rest_total, 0)
         log_p_rest = (base - maximum) + (tl.log(rest) - tl.log(total))
-        # In fp64, as 1 - sum q of a peaked teacher has few digits in fp32. Nothing is left where the
+        # In fp64: 1 - sum q of a peaked teacher has few digits in fp32. Nothing is left where the
         # ids are all classes; rounding would leave some.
         q_sum = tl.sum(tl.exp(tl.cast(log_q, tl.float64)), 0)
         q_rest = tl.maximum(tl.cast(1.0 - q_sum, tl.float32), TAIL_FLOOR)

@@ -35,7 +35,7 @@ $(VENV)/peers: $(VENV)/dev
 
 setup: $(VENV)/peers  ## .venv with everything, pinned by constraints.txt
 
-demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 6 minutes
+demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 8 minutes
 	$(BIN)/xopd demo
 
 test: $(VENV)/peers  ## the tests that need no GPU and no interpreter
@@ -84,11 +84,11 @@ smoke: $(VENV)/peers  ## every benchmark on tiny shapes
 	$(BIN)/python -m pytest -q benchmarks/test_cpu.py --bench-shape 24x16x300 --benchmark-disable
 
 bench: $(VENV)/peers  ## everything at full size on this machine; goes on where it ended
-	$(BIN)/xopd bench --output build/bench.jsonl
+	$(BIN)/xopd bench --output runs/bench.jsonl
 
-bench-cpu: $(VENV)/peers  ## every way to the same numbers on this CPU; hours, goes on where it ended
+bench-cpu: $(VENV)/peers  ## the tables of this CPU, hours, goes on where it ended; then groups to compare
+	$(BIN)/xopd bench --device cpu --output runs/bench_cpu.jsonl
 	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-autosave
-	$(BIN)/xopd bench --device cpu --output benchmarks/results/cpu.jsonl
 
 check: lint type test test-reference test-interpret test-compile test-sanitize smoke  ## what CI runs
 

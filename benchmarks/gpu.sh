@@ -2,7 +2,7 @@
 # Everything that waits for a GPU, in one command: tests, the suite, the tile tuner, a short table.
 #
 #   bash benchmarks/gpu.sh OUT [WHEELS] [COMMIT]   on a machine with torch, triton, pytest and rich
-#   bash benchmarks/gpu.sh OUT --smoke             the same path on a CPU, in a minute
+#   bash benchmarks/gpu.sh OUT --smoke             the same path on a CPU, in two minutes
 #
 # WHEELS is a folder of wheels of the peers, installed without a network; COMMIT names the sources
 # where they were copied without their repository. Each call takes less than nine minutes; run it
@@ -56,7 +56,10 @@ step() {
 echo "== tests"
 for file in "${tests[@]}"; do
   mark="$out/$(basename "$file" .py).$hash"
-  [ -e "$mark.passed" ] && continue
+  if [ -e "$mark.passed" ]; then
+    echo "$file passed before"
+    continue
+  fi
   step 150 "$python" -m pytest -q "$file" >"$mark.txt" 2>&1 && touch "$mark.passed"
   tail -n 1 "$mark.txt"
 done
@@ -67,7 +70,7 @@ step 300 "$python" -m benchmarks "${bench[@]}" --commit "$commit" --output "$out
 
 echo "== tiles"
 step 90 "$python" -m benchmarks.tune "${tune[@]}" --commit "$commit" --output "$out/tune.jsonl" \
-  2>"$out/tune.txt"
+  2>>"$out/tune.txt"
 
 echo "== results"
 "$python" -m benchmarks report "$out/bench.jsonl" --short

@@ -166,7 +166,7 @@ class Step:
         hidden = self._student.model(ids).last_hidden_state.flatten(0, 1)
         loss = way.loss(hidden, self._student.lm_head.weight, target, teacher_logprob)
         loss.backward()
-        return float(loss), float(self._student.lm_head.weight.grad.norm())
+        return float(loss.detach()), float(self._student.lm_head.weight.grad.norm())
 
     def free(self) -> None:
         """Release the gradients of the last step."""
@@ -208,7 +208,9 @@ def fitting_tokens(step: Step, way: Way, given: argparse.Namespace) -> int:
 
     def fits(tokens: int) -> bool:
         used = step.peak_bytes(way, tokens)
-        print(f"{way.name}: {tokens} tokens, peak {used}", file=sys.stderr, flush=True)
+        shown = "out of memory" if used is None else f"peak {used / 1e6:,.1f}"
+        budget = f"{given.memory_gb * 1e3:,.1f} MB"
+        print(f"{way.name}: {tokens} tokens: {shown} of {budget}", file=sys.stderr, flush=True)
         return used is not None and used <= given.memory_gb * 1e9
 
     return most_tokens(fits, given.unit, given.most)

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _missing(error: ModuleNotFoundError, extra: str) -> str:
-    return f"this command needs {error.name}: pip install 'xopd[{extra}]'"
+    return f"this command needs {error.name}: pip install '.[{extra}]' in the clone"
 
 
 def _add_missing(commands: Parsers[argparse.ArgumentParser], name: str, reason: str) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,8 @@ where it has no bf16 instructions.
 A cell is one job, shape, dtype, distribution and share of masked tokens. In it each provider is
 probed at V/1024 and V/64 classes (too slow or too large: reported, not run), verified against fp64
 (wrong: reported, not ranked), run once for the peak of its memory, and timed in interleaved
-rounds. With --output every finished cell is kept, and the same command goes on after the last.
+rounds. The limits below bound a pass and the rounds; probes, compilation and the fp64 check come on
+top. With --output every finished cell is kept, and the same command goes on after the last.
 The exit status is 1 if one of ours was wrong or failed."""
 _EPILOG = """\
 examples:
@@ -82,13 +84,19 @@ def _fill(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser)
     parser.set_defaults(run=_measure, fail=parser.error)
     reports = parser.add_subparsers(metavar="report", dest="action")
-    report = reports.add_parser("report", help="Markdown and plots of files that --output wrote")
+    report = reports.add_parser(
+        "report",
+        help="Markdown and plots of files that --output wrote",
+        description="Tables, our targets beside what was measured, and plots of result files. One "
+        "whose kernels are not today's is marked as stale. Measures nothing.",
+        epilog="example: report benchmarks/results/*.jsonl --plots plots > report.md",
+    )
     report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON lines")
     report.add_argument("--plots", type=Path, metavar="FOLDER", help="write PNGs here")
     report.add_argument(
         "--short", action="store_true", help="only a table with a row for each cell"
     )
-    report.set_defaults(run=_report)
+    report.set_defaults(run=_report, fail=report.error)
 
 
 def parse_shape(text: str) -> Shape:
@@ -209,11 +217,16 @@ def _interpreted() -> bool:
 
 def _measure(given: argparse.Namespace) -> int:
     options = parse_options(given)
-    from rich.console import Console
+    try:
+        from rich.console import Console
 
-    from xopd_bench.report import markdown
-    from xopd_bench.run import run
-
+        from xopd_bench.report import markdown
+        from xopd_bench.run import run
+    except ModuleNotFoundError as error:
+        given.fail(_missing(error))
+    if options.is_interpreted:
+        # numpy's, of values that the kernels mask afterwards.
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
     try:
         lines, is_complete = run(options, Console(stderr=True))
     except BrokenDeviceError as error:
@@ -222,6 +235,8 @@ def _measure(given: argparse.Namespace) -> int:
     except BenchError as error:
         given.fail(str(error))
     print(markdown(lines), end="")
+    if options.is_smoke:
+        print("smoke: who runs and is right; times at this size say nothing", file=sys.stderr)
     if broken := list(_broken(lines)):
         print(f"of ours, wrong or failed: {'; '.join(broken)}", file=sys.stderr)
         return 1
@@ -241,20 +256,39 @@ def _broken(lines: "Sequence[Line]") -> Iterator[str]:
 
 
 def _report(given: argparse.Namespace) -> int:
-    from xopd_bench import record
     from xopd_bench.report import markdown, short_report
 
     missing = [str(path) for path in given.files if not path.is_file()]
     if missing:
         given.fail(f"no such file: {', '.join(missing)}; xopd bench --output makes one")
     try:
-        lines = [line for path in given.files for line in record.read(path)]
+        lines = [line for path in given.files for line in _cells_of(path)]
     except BenchError as error:
         given.fail(str(error))
     print(short_report(lines) if given.short else markdown(lines), end="")
     if given.plots is not None:
-        from xopd_bench.plots import write_plots
+        try:
+            from xopd_bench.plots import write_plots
 
-        for path in write_plots(lines, given.plots):
-            print(path, file=sys.stderr)
+            for path in write_plots(lines, given.plots):
+                print(path, file=sys.stderr)
+        except ModuleNotFoundError as error:
+            given.fail(_missing(error))
+        except OSError as error:
+            given.fail(f"--plots {given.plots} cannot be written ({error}); choose another folder")
     return 0
+
+
+def _cells_of(path: Path) -> "list[Line]":
+    from xopd_bench import record
+
+    lines = record.read(path)
+    if not lines:
+        raise BenchError(f"{path} holds no finished cell; run the command that made it again")
+    return lines
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    if (error.name or "xopd").partition(".")[0].startswith("xopd"):
+        raise error  # a fault of ours
+    return f"this needs {error.name}: pip install '.[bench]' in the clone"

@@ -13,7 +13,7 @@ import gc
 import statistics
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -112,16 +112,20 @@ def measure_cell(
     limits: Limits,
     clock: Clock,
     slow_s: Mapping[str, float] | None = None,
+    at_work: Callable[[str], None] = lambda name: None,
 ) -> list[Outcome]:
     """Every provider's outcome: those that are right and fast enough take turns on the clock.
 
     `slow_s`: seconds of a pass of those that need not be tried, from a cell with other inputs.
-    Raises BrokenDeviceError, OutOfMemoryError where not even the truth fits.
+    `at_work` is told who is tried next. Raises BrokenDeviceError, and OutOfMemoryError where not
+    even the truth fits.
     """
+    at_work("solving in fp64")
     truth = Truth.of(problems)
     outcomes: dict[str, Outcome] = {}
     ready: dict[str, Run] = {}
     for provider in listed:
+        at_work(provider.name)
         outcome = Outcome(
             provider.name, Status.OK, version=provider.version, is_floor=provider.is_floor
         )
@@ -147,6 +151,7 @@ def measure_cell(
             _check_device(provider.name, error)
         outcomes[provider.name] = outcome
     _release()
+    at_work("timing")
     timed = _timed(dict(ready), limits, clock)
     for name in ready.keys() - timed.keys():
         reason = "ran out of memory beside the others"

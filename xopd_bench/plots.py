@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot
+from matplotlib import colormaps, pyplot
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 
 from xopd_bench.cell import Cell, Job, Shape
 from xopd_bench.measure import Status
@@ -18,7 +19,16 @@ from xopd_bench.record import Line
 from xopd_bench.report import latest, number, right, run_key, run_title
 from xopd_kernels.testing import Distribution
 
-_MARKERS = "os^vDPX*<"  # nine: with ten colors no two of 90 look the same
+# Who is drawn, in the order of the colors; ours in those that stand out.
+NAMES = (
+    *("ours native", "ours reference", "ours triton", "torch.mm", "torch.mm fp32", "torch eager"),
+    *("torch eager, fp32 inside", "torch.compile", "F.linear_cross_entropy"),
+    *("F.linear_cross_entropy chunked", "TRL chunked", "Liger FLCE", "Liger scaled CE"),
+    *("Liger GRPO chunked", "Liger FLJSD", "Liger JSD chunked", "verl Triton", "verl chunked"),
+    *("CCE", "CCE exact", "QuACK", "FLA"),
+)
+_COLORS = [to_hex(color) for name in ("tab20", "tab20b") for color in colormaps[name](range(20))]
+_MARKERS = "os^vDPX*<"
 
 
 class Look(NamedTuple):
@@ -52,11 +62,16 @@ def write_plots(lines: Sequence[Line], folder: Path) -> list[Path]:
 
 
 def _looks(lines: Sequence[Line]) -> dict[str, Look]:
-    """A look for each provider; the order in which they are listed decides."""
+    """A look for each provider: the same in every plot, whoever else is in it."""
     names = dict.fromkeys(x["provider"] for line in lines for x in line["outcomes"])
+    known = {name: i for i, name in enumerate((*NAMES, *(x for x in names if x not in NAMES)))}
     return {
-        name: Look(f"C{i % 10}", _MARKERS[i % len(_MARKERS)], name.startswith(PREFIX))
-        for i, name in enumerate(names)
+        name: Look(
+            _COLORS[known[name] % len(_COLORS)],
+            _MARKERS[known[name] % len(_MARKERS)],
+            name.startswith(PREFIX),
+        )
+        for name in names
     }
 
 
@@ -79,13 +94,16 @@ def _against_rows(
             place = axis.transAxes
             axis.text(0.0, -0.14, _too_large(of_job), transform=place, fontsize=7, va="top")
         path = folder / f"{kind}_{stem}.png"
-        sizes = f"D {lines[0]['dim']}, V {lines[0]['vocab_size']}, {lines[0]['dtype']}"
-        title = f"{sizes}, {lines[0]['distribution']}; {run_title(lines[0])}"
-        figure.suptitle(textwrap.fill(title, 70 * len(jobs)), fontsize=9)
+        figure.suptitle(textwrap.fill(_title(lines[0]), 70 * len(jobs)), fontsize=9)
         figure.tight_layout()
         figure.savefig(path, dpi=120)
         pyplot.close(figure)
         yield path
+
+
+def _title(line: Line) -> str:
+    sizes = f"D {line['dim']}, V {line['vocab_size']}, {line['dtype']}, {line['distribution']}"
+    return f"{sizes}, 0 % masked; {run_title(line)}"
 
 
 def _too_large(lines: Sequence[Line]) -> str:
@@ -167,11 +185,12 @@ def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> P
         ends = [min(intensities) / 4, max(intensities) * 4]
         middle = [x for x in (top * 1e3 / rate,) if ends[0] < x < ends[1]]
         grid = sorted(ends + middle)
-        bound = [min(top, x * rate * 1e-3) for x in grid]
-        axis.plot(grid, bound, "k-", label=f"torch.mm {top:.3g} TFLOP/s, copy {rate:.3g} GB/s")
+        bound = [min(top * 1e3, x * rate) for x in grid]
+        label = f"torch.mm {number(top * 1e3)} GFLOP/s, copy {rate:.3g} GB/s"
+        axis.plot(grid, bound, "k-", label=label)
     for name, look in looks.items():
         points = [
-            (intensity, _tflop_s(cell, right(line)[name]))
+            (intensity, _gflop_s(cell, right(line)[name]))
             for line, cell, intensity in zip(lines, cells, intensities, strict=True)
             if name in right(line)
         ]
@@ -179,8 +198,8 @@ def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> P
             x, y = zip(*points, strict=True)
             size = 60 if look.is_ours else 25
             axis.scatter(x, y, s=size, color=look.color, marker=look.marker, label=name)
-    axis.set(xscale="log", yscale="log", xlabel="FLOP / byte, least", ylabel="TFLOP/s")
-    axis.set_title(textwrap.fill(run_title(lines[0]), 100), fontsize=8)
+    axis.set(xscale="log", yscale="log", xlabel="FLOP / byte, least", ylabel="GFLOP/s")
+    axis.set_title(textwrap.fill(_title(lines[0]), 100), fontsize=8)
     axis.grid(visible=True, which="both", alpha=0.3)
     if axis.has_data():
         axis.legend(fontsize=7)
@@ -190,10 +209,10 @@ def _roofline(lines: Sequence[Line], looks: Mapping[str, Look], path: Path) -> P
     return path
 
 
-def _tflop_s(cell: Cell, outcome: Mapping[str, Any]) -> float:
+def _gflop_s(cell: Cell, outcome: Mapping[str, Any]) -> float:
     """Of the GEMMs over the tokens that count; the bare GEMMs multiply all."""
     flop = cell.all_flop if outcome["is_floor"] else cell.least_flop
-    return float(flop / outcome["median_ms"] * 1e-9)
+    return float(flop / outcome["median_ms"] * 1e-6)
 
 
 def _cell(line: Line) -> Cell:

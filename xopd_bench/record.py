@@ -23,7 +23,6 @@ from xopd_bench.cell import Cell
 from xopd_bench.clock import Ceiling
 from xopd_bench.errors import BenchError
 from xopd_bench.measure import Limits, Outcome
-from xopd_bench.providers.plain import GEMM, GEMM_FP32
 from xopd_kernels.native import runnable_objects
 
 Line = dict[str, Any]  # a line of the file, parsed
@@ -102,15 +101,12 @@ def _native_hash() -> str:
 
 
 def cell_line(run: Line, cell: Cell, outcomes: Sequence[Outcome], ceiling: Ceiling) -> Line:
-    """The line of a finished cell, with each time as a multiple of the bare GEMMs' too."""
-    medians = {x.provider: x.median_ms for x in outcomes}
-    floor, floor_fp32 = medians.get(GEMM), medians.get(GEMM_FP32, medians.get(GEMM))
+    """The line of a finished cell, with the rates that its times are."""
+    fastest = [cell.all_flop / x.median_ms * 1e-9 for x in outcomes if x.is_floor and x.median_ms]
     rows = []
     for outcome in outcomes:
         row = dataclasses.asdict(outcome)
         row["status"] = outcome.status.value
-        row["of_gemms"] = _ratio(outcome.median_ms, floor)
-        row["of_fp32_gemms"] = _ratio(outcome.median_ms, floor_fp32)
         if outcome.median_ms:
             # The bare GEMMs multiply the ignored tokens too.
             flop = cell.all_flop if outcome.is_floor else cell.least_flop
@@ -118,7 +114,7 @@ def cell_line(run: Line, cell: Cell, outcomes: Sequence[Outcome], ceiling: Ceili
             row["gb_s"] = round(cell.least_bytes / outcome.median_ms * 1e-6, 4)
         rows.append(row)
     rates = {
-        "gemm_tflop_s": round(ceiling.tflop_s, 4),
+        "gemm_tflop_s": round(max(ceiling.tflop_s, *fastest, 0.0), 4),
         "gemm_dtype": ceiling.dtype,
         "copy_gb_s": round(ceiling.gb_s, 4),
     }
@@ -144,11 +140,20 @@ def read(path: Path, fields: frozenset[str] = _REQUIRED) -> list[Line]:
 
 def append(path: Path, line: Line) -> None:
     """Add a line; one that was cut off is removed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
         file.write(json.dumps(line).encode() + b"\n")
+
+
+def check_writable(path: Path) -> None:
+    """Make the file if there is none, before any work; BenchError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        raise BenchError(f"--output {path} cannot be written ({error}); choose another") from error
 
 
 def _parse(path: Path, text: str, fields: frozenset[str]) -> Iterator[Line]:
@@ -162,10 +167,6 @@ def _parse(path: Path, text: str, fields: frozenset[str]) -> Iterator[Line]:
         if not isinstance(parsed, dict) or not fields <= parsed.keys():
             raise BenchError(f"{path}:{number} is no line of this benchmark; remove the line")
         yield parsed
-
-
-def _ratio(value: float | None, floor: float | None) -> float | None:
-    return None if value is None or not floor else round(value / floor, 4)
 
 
 def _version(package: str) -> str:

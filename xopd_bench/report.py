@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from xopd_bench.measure import Status
 from xopd_bench.providers.ours import NATIVE, PREFIX, REFERENCE, TRITON
-from xopd_bench.providers.plain import EAGER
+from xopd_bench.providers.plain import EAGER, GEMM, GEMM_FP32
 from xopd_bench.record import CELL_FIELDS, Line, kernel_hash
 from xopd_bench.targets import targets_table
 
@@ -68,7 +68,7 @@ def markdown(lines: Sequence[Line]) -> str:
         parts += [f"## {run}\n\n{summary}", f"### Targets\n\n{targets_table(cells)}"]
         for title, table in tables.items():
             rows = "\n".join(row for line in table for row in _rows(line))
-            parts.append(f"### {title}\n\n{_HEADER}\n{rows}")
+            parts.append(f"### {title}\n\n{_HEADER}\n{rows}{_absent(table)}")
     return "\n\n".join([*parts, _NOTES]) + "\n"
 
 
@@ -214,12 +214,26 @@ def _table_title(line: Line) -> str:
     return f"{line['job'].replace('_', ' ')}, {sizes}, {line['dtype']}"
 
 
+def _absent(table: Sequence[Line]) -> str:
+    """Who could not run at all, by reason."""
+    reasons: dict[str, dict[str, None]] = {}
+    for outcome in (x for line in table for x in line["outcomes"]):
+        if outcome["status"] == Status.ABSENT.value:
+            version = f" {outcome['version']}" if outcome.get("version") else ""
+            reasons.setdefault(outcome["reason"], {})[f"{outcome['provider']}{version}"] = None
+    found = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
+    return f"\n\nAbsent: {'; '.join(found)}." if found else ""
+
+
 def _rows(line: Line) -> Iterator[str]:
     inputs = f"{line['distribution']}, {line['masked_percent']} % masked"
     if "entropy_nat" in line:
         inputs += f" ({line['entropy_nat']:.2g} nat, {line['certain_share']:.0%})"
-    best = fastest(line["outcomes"])
+    best, medians = fastest(line["outcomes"]), {x: y["median_ms"] for x, y in right(line).items()}
+    floor, floor_fp32 = medians.get(GEMM), medians.get(GEMM_FP32, medians.get(GEMM))
     for outcome in line["outcomes"]:
+        if outcome["status"] == Status.ABSENT.value:
+            continue  # below the table
         version = outcome.get("version", "")
         name, status = outcome["provider"], outcome["status"]
         shown = f"{name} ({version})" if version and not name.startswith("torch.mm") else name
@@ -233,8 +247,8 @@ def _rows(line: Line) -> Iterator[str]:
         time = f"{number(outcome['median_ms'])} {spread}"
         if name == best:
             shown, time = f"**{shown}**", f"**{time}**"
-        cells = [inputs, shown, time, _factor(outcome["of_gemms"])]
-        cells.append(_factor(outcome["of_fp32_gemms"]))
+        cells = [inputs, shown, time]
+        cells += [_factor(outcome["median_ms"] / x) if x else "" for x in (floor, floor_fp32)]
         cells.append(_rate(outcome.get("tflop_s"), line.get("gemm_tflop_s")))
         cells.append(_rate(outcome.get("gb_s"), line.get("copy_gb_s")))
         cells += [_memory(outcome), _error(outcome), _factor(outcome.get("torch_ratio"))]

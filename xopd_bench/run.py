@@ -75,14 +75,16 @@ class Bench:
             self._ceilings[dtype] = Ceiling.of(options.device, dtype, options.is_smoke)
         return self._ceilings[dtype]
 
-    def measure(self, cell: Cell, before: Sequence[record.Line]) -> list[Outcome]:
+    def measure(
+        self, cell: Cell, before: Sequence[record.Line], at_work: Callable[[str], None]
+    ) -> list[Outcome]:
         """All providers of a cell; `before`: cells that were measured already."""
         options, listed = self._options, self._providers(cell)
         slow_s = _far_over_limit(cell, before, options.limits.limit_s)
         try:
             drawn = self._inputs(cell)
             problems = Problems(*(x.problem(cell.job, cell.masked_percent) for x in drawn))
-            return measure_cell(listed, problems, options.limits, self._clock, slow_s)
+            return measure_cell(listed, problems, options.limits, self._clock, slow_s, at_work)
         except torch.OutOfMemoryError as error:
             reason = f"the inputs and their fp64 check do not fit: {first_line(error)}"
             return [Outcome(x.name, Status.TOO_LARGE, reason, x.version) for x in listed]
@@ -136,6 +138,8 @@ def run(
     torch.set_num_threads(options.threads)
     if options.without:
         _check_names(options, listed)
+    if options.output is not None:
+        record.check_writable(options.output)
     origin = record.origin(options.device, options.limits, options.commit)
     path = options.output
     known = {} if path is None else {record.key(x): x for x in record.read(path)}
@@ -154,9 +158,12 @@ def run(
                 console.print(f"stopped after {options.stop_after_s:g} s, {len(lines)} cells")
                 return lines, False
             name = _name(cell)
-            progress.update(task, description=name)
             begin = time.monotonic()
-            outcomes = bench.measure(cell, lines)
+
+            def at_work(provider: str, name: str = name) -> None:
+                progress.update(task, description=f"{name}: {provider}")
+
+            outcomes = bench.measure(cell, lines, at_work)
             line = record.cell_line(origin, cell, outcomes, bench.ceiling(cell.dtype))
             lines.append(line | bench.described(cell))
             if path is not None:

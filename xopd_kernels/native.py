@@ -184,8 +184,7 @@ def _installed() -> _Library | str:
     if sys.platform != "linux":
         return f"the native library is built for Linux, this is {sys.platform}"
     rebuild = (
-        "install the package again (pip install --no-build-isolation -e .) with a C++17 compiler: "
-        "g++, or another one in CXX"
+        "install a C++17 compiler (g++, or another one in CXX) and this package again, as before"
     )
     objects = runnable_objects()
     if not objects:

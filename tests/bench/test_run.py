@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from xopd.cli import build_parser, main
-from xopd_bench import record, report
+from xopd_bench import plots, record, report
 from xopd_bench.cell import Job
 from xopd_bench.cli import parse_options
 from xopd_bench.clock import Ceiling
@@ -19,7 +20,7 @@ from xopd_bench.errors import BenchError
 from xopd_bench.measure import Limits, Outcome, Status
 from xopd_bench.providers import providers
 from xopd_bench.providers.ours import REFERENCE
-from xopd_bench.providers.provider import Provider
+from xopd_bench.providers.provider import Provider, Where
 from xopd_bench.run import Options, run
 from xopd_bench.targets import targets_table
 
@@ -179,6 +180,28 @@ def test_targets_say_where_ours_has_no_figure():
     assert "wrong (at full size: d_hidden)" in table
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "bench.jsonl"
+    with pytest.raises(SystemExit):
+        main(["bench", "--smoke", "--device", "cpu", "--output", str(path)])
+    assert f"--output {path} cannot be written" in capsys.readouterr().err
+    path = tmp_path / "bench.jsonl"
+    record.append(path, line_of(ok("torch.mm", 1.0, is_floor=True)))
+    with pytest.raises(SystemExit):
+        main(["bench", "report", str(path), "--plots", str(tmp_path / "file")])
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", '{"cut off'])
+def test_a_file_without_a_finished_cell_is_no_report(tmp_path, capsys, text):
+    path = tmp_path / "bench.jsonl"
+    path.write_text(text)
+    with pytest.raises(SystemExit):
+        main(["bench", "report", str(path)])
+    assert "bench.jsonl holds no finished cell" in capsys.readouterr().err
+
+
 def test_a_report_needs_no_measurement(tmp_path, capsys):
     path = tmp_path / "bench.jsonl"
     record.append(path, line_of(Outcome("torch.mm", Status.FAILED, "RuntimeError: a | b")))
@@ -207,6 +230,14 @@ def test_plots_are_made_of_what_was_measured(tmp_path, capsys, rows):
     lines, _ = measured(None, "--jobs", "scoring", "policy_loss", "--masked", "0", *given)
     names = plots_of(tmp_path, capsys, *lines)
     assert [x.split("_")[0] for x in names] == ["memory", "roofline", "time"]
+
+
+def test_every_provider_has_a_look_of_its_own():
+    where = Where(torch.device("cpu"), torch.bfloat16, is_interpreted=False)
+    names = {x.name for job in Job for x in providers(job, where)}
+    assert names == set(plots.NAMES)
+    looks = plots._looks([{"outcomes": [{"provider": name} for name in plots.NAMES]}])
+    assert len({look[:2] for look in looks.values()}) == len(names)
 
 
 def test_runs_of_one_commit_on_two_machines_have_plots_of_their_own(tmp_path, capsys):

@@ -170,8 +170,8 @@ def test_no_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        (["--help"], 0, "pip install 'xopd[train]'"),
-        (["train", "x.yaml", "--quiet"], 2, "this command needs yaml: pip install 'xopd[train]'"),
+        (["--help"], 0, "pip install '.[train]'"),
+        (["train", "x.yaml", "--quiet"], 2, "this command needs yaml: pip install '.[train]'"),
         (["bench", "--help"], 0, "xopd bench report"),
     ],
 )

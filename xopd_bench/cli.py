@@ -216,12 +216,13 @@ def _interpreted() -> bool:
 
 
 def _measure(given: argparse.Namespace) -> int:
-    options = parse_options(given)
     try:
         from rich.console import Console
 
         from xopd_bench.report import markdown
         from xopd_bench.run import run
+
+        options = parse_options(given)
     except ModuleNotFoundError as error:
         given.fail(_missing(error))
     if options.is_interpreted:
@@ -289,6 +290,7 @@ def _cells_of(path: Path) -> "list[Line]":
 
 
 def _missing(error: ModuleNotFoundError) -> str:
-    if (error.name or "xopd").partition(".")[0].startswith("xopd"):
+    package = (error.name or "xopd").partition(".")[0]
+    if package.startswith("xopd"):
         raise error  # a fault of ours
-    return f"this needs {error.name}: pip install '.[bench]' in the clone"
+    return f"this needs {package}: pip install '.[bench]' in the clone"

@@ -90,9 +90,12 @@ class Bench:
             return [Outcome(x.name, Status.TOO_LARGE, reason, x.version) for x in listed]
 
     def described(self, cell: Cell) -> dict[str, float]:
-        """What a line says of the inputs that were measured last."""
-        *_, full = self._inputs(cell)
-        return full.described()
+        """What a line says of the inputs that were measured last; nothing if they do not fit."""
+        try:
+            *_, full = self._inputs(cell)
+            return full.described()
+        except torch.OutOfMemoryError:
+            return {}
 
     def _providers(self, cell: Cell) -> list[Provider]:
         options = self._options

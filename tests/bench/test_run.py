@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -191,6 +193,14 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, c
     with pytest.raises(SystemExit):
         main(["bench", "report", str(path), "--plots", str(tmp_path / "file")])
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named():
+    code = "import sys; sys.modules['rich'] = None; from xopd_bench.cli import main; main()"
+    command = [sys.executable, "-c", code, "--smoke", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "this needs rich: pip install '.[bench]'" in done.stderr
 
 
 @pytest.mark.parametrize("text", ["", '{"cut off'])

@@ -272,8 +272,9 @@ def _probe(provider: Provider, problems: Problems, limit_s: float) -> None:
     bytes_at_peak: list[float] = []
     for i, problem in enumerate((problems.tiny, problems.small)):
         run = prepare(problem)
-        run()  # loads, compiles and tunes
-        seconds.append(_seconds(run))
+        first_s = _seconds(run)  # with what is loaded, compiled and tuned
+        is_long = first_s > limit_s * _PROBE_SHARE / 4 and not _warms_up(provider, problem)
+        seconds.append(first_s if is_long else _seconds(run))
         estimate = extrapolated(seconds, classes)
         is_last = i == 1
         following_s = seconds[i] / classes[i] * classes[i + 1]

@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard csrc/*/*.h csrc/*/*.cpp)  # built by the pip install of the package
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help setup demo test check lint type test-reference test-interpret test-compile test-sanitize test-gpu \
+.PHONY: help setup demo test check lint type test-distributed test-reference test-interpret test-compile test-sanitize test-gpu \
 	smoke bench bench-cpu clean
 
 help:  ## this list
@@ -39,7 +39,13 @@ demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 8 
 	$(BIN)/xopd demo
 
 test: $(VENV)/peers  ## the tests that need no GPU and no interpreter
-	$(BIN)/python -m pytest -m "not interpret and not compile"
+	$(BIN)/python -m pytest -m "not interpret and not compile and not distributed"
+
+# More ranks than CI has cores take minutes more, so `make check` leaves them out.
+ONLY :=
+check: ONLY := not ranks4
+test-distributed: $(VENV)/dev  ## the trainer on 2 and 4 ranks (gloo) against one process
+	$(BIN)/python -m pytest -m distributed -k "$(ONLY)" tests/trainer/distributed
 
 test-reference: $(VENV)/peers  ## the tests of the operators on REFERENCE, where `test` has NATIVE
 	$(BIN)/python -m pytest --reference -m "not interpret and not compile and not gpu" \
@@ -90,7 +96,7 @@ bench-cpu: $(VENV)/peers  ## the tables of this CPU, hours, goes on where it end
 	$(BIN)/xopd bench --device cpu --output runs/bench_cpu.jsonl
 	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-autosave
 
-check: lint type test test-reference test-interpret test-compile test-sanitize smoke  ## what CI runs
+check: lint type test test-distributed test-reference test-interpret test-compile test-sanitize smoke  ## what CI runs
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build \

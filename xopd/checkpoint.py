@@ -1,170 +1,262 @@
-"""Checkpoints that survive a kill at any instant and never load a damaged file.
+"""Checkpoints that survive a kill at any instant, never load a damaged file, and fit any ranks.
 
-A checkpoint is a folder `step_000040` of safetensors files, `state.json` and a manifest with the
-size and SHA-256 of each. It is written under another name, forced to disk and renamed, so a folder
-with the final name is complete. The manifest is checked before anything is loaded: safetensors
-itself accepts a flipped bit in silence.
+Each rank writes its own shards as safetensors (torch.distributed.checkpoint, Hugging Face format),
+behind the training, from a copy in host memory. A checkpoint is a folder `step_000040` of those
+files, `state.json` and a manifest with the size and SHA-256 of each. It is written under another
+name, forced to disk and renamed, so a folder with the final name is complete. The manifest is
+checked before anything is loaded: safetensors itself accepts a flipped bit in silence. As shards
+carry their offsets, another number of ranks can read them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 
-from xopd.errors import UserError
-
-MANIFEST = "manifest.json"
-STATE = "state.json"
-_FORMAT = 1
-_STEP_FOLDER = re.compile(r"step_(\d{6,})")
-_STEM = re.compile(r"[A-Za-z0-9_]+")
-_TEMPORARY = ".tmp_"
-_REPLACED = ".replaced_"
+from xopd.manifest import (
+    STATE,
+    STEP_FOLDER,
+    TEMPORARY,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    clean_up,
+    file_entries,
+    fsync,
+    prune,
+    read_manifest,
+    rename_into_place,
+    tensor_specs,
+    write_manifest,
+)
+from xopd.world import World
 
 _log = logging.getLogger(__name__)
+# A run of one process is meant; DCP says so at each save, from a thread of its own.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+# What a full disk, a lost folder or a lost rank raise. CheckpointException is no Exception.
+_FAILURES = (OSError, RuntimeError, ValueError, SafetensorError, CheckpointException)
 
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, is missing or is damaged; the message says which."""
+class _Pending(NamedTuple):
+    """A checkpoint that is being written."""
+
+    final: Path
+    temporary: Path
+    specs: dict[str, list[Any]]  # tensor name -> [dtype, shape], of the whole tensor
+    written: Future[dict[str, FileEntry]]  # this rank's files
 
 
-class Checkpoint(NamedTuple):
-    """What load_checkpoint returns."""
+class Checkpoints:
+    """The checkpoints of one folder, which all ranks share; all ranks call each method together.
 
-    tensors: dict[str, dict[str, Tensor]]  # file stem -> state dict, on the CPU
-    state: dict[str, Any]  # the JSON object that was saved
-
-
-class Packed(NamedTuple):
-    """An object taken apart into what safetensors holds and what JSON holds."""
-
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
-
-
-def save_checkpoint(
-    directory: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, object],
-    keep: int,
-) -> Path:
-    """Writes `directory/step_NNNNNN` and deletes all but the `keep` newest up to this step.
-
-    tensors: file stem -> state dict, any dtype, shape and device; storage that several tensors
-    share (tied weights) is written once for each. state: JSON-able, finite numbers only. When the
-    call returns, the checkpoint is on disk. Raises CheckpointError where it cannot be written;
-    older checkpoints are then untouched.
+    keep: how many of the newest stay. A folder on several machines is one shared file system.
     """
-    if step < 0 or keep < 1:
-        raise ValueError(f"expected step >= 0 and keep >= 1, got step={step}, keep={keep}")
-    for stem in tensors:
-        if not _STEM.fullmatch(stem):
-            raise ValueError(f"file stem {stem!r}: use letters, digits and underscores only")
-    text = _state_text(state)
-    final = directory / f"step_{step:06d}"
-    temporary = directory / f"{_TEMPORARY}{final.name}"
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        for stem, entries in tensors.items():
-            save_file(_unshared(entries), temporary / f"{stem}.safetensors")
-        (temporary / STATE).write_text(text, encoding="utf-8")
-        _write_manifest(temporary, step)
-        for path in (*temporary.iterdir(), temporary):
-            _fsync(path)
-        _rename_into_place(temporary, final)
-        _prune(directory, step, keep)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{final}: cannot write the checkpoint: {error}; check free space and permissions"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
+    def __init__(self, directory: Path, world: World, *, keep: int) -> None:
+        if keep < 1:
+            raise ValueError(f"expected keep >= 1, got keep={keep}")
+        self._directory, self._world, self._keep = directory, world, keep
+        self._pending: _Pending | None = None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        # Writing plans itself by collectives, which must not mix with those of the training.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._mesh = init_device_mesh("cpu", (world.size,)) if world.size > 1 else None
 
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest checkpoint whose every file matches its manifest; None where there is none.
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, object]) -> None:
+        """Copy the tensors to host memory and begin to write `step_NNNNNN`; see `finish`.
 
-    Logs one line for each newer one that it skips, and removes what an interrupted save left.
-    """
-    if not directory.is_dir():
-        return None
-    _clean_up(directory)
-    for _, path in sorted(_step_folders(directory), reverse=True):
+        tensors: sharded or whole, of any dtype. state: JSON-able, finite numbers only. When the
+        call returns the tensors may change. A checkpoint that is still being written is finished
+        first. Raises CheckpointError on all ranks where it cannot be written.
+        """
+        if step < 0:
+            raise ValueError(f"expected step >= 0, got step={step}")
+        text = _state_text(state)
+        self.finish()
+        final = self._directory / f"step_{step:06d}"
+        temporary = final.with_name(f"{TEMPORARY}{final.name}")
+        self._on_first(lambda: _begin(temporary, text), final)
+        copies = _copied(tensors, self._mesh)
+        written = self._thread.submit(self._write, copies, temporary)
+        self._pending = _Pending(final, temporary, tensor_specs(tensors), written)
+
+    def poll(self) -> None:
+        """Publish the checkpoint that is being written if every rank has written its part."""
+        if self._pending is not None and not self._world.any(not self._pending.written.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, and publish it: manifest, then rename.
+
+        When the call returns, it is on disk. Raises CheckpointError on all ranks if a rank could
+        not write its part; older checkpoints are then untouched.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        entries: dict[str, FileEntry] = {}
+        error = None
         try:
-            _verify(path)
-        except CheckpointError as error:
-            _log.warning("skipping a damaged checkpoint: %s", error)
-            continue
-        return path
-    return None
+            entries = pending.written.result()
+        except _FAILURES as failure:
+            error = _reason(failure)
+        self._agree(error, pending.final)
+        of_all = {name: e for part in self._world.gather(entries) for name, e in part.items()}
+        step = int(pending.final.name.removeprefix("step_"))
+        manifest = Manifest(pending.temporary, step, of_all, pending.specs)
+        self._on_first(lambda: self._publish(manifest, pending.final), pending.final)
+
+    def close(self) -> None:
+        """Give up what is being written and not yet published."""
+        self._thread.shutdown(wait=True)
+        self._pending = None
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+
+    def latest(self) -> Manifest | None:
+        """The newest checkpoint whose every file matches its manifest; None where there is none.
+
+        Logs one line for each newer one that it skips, and removes what an interrupted save left.
+        """
+        self._on_first(lambda: clean_up(self._directory), self._directory)
+        names = [path.name for path in self._directory.iterdir()] if self._world.is_first else []
+        found = [name for name in self._world.first(names) if STEP_FOLDER.fullmatch(name)]
+        for name in sorted(found, key=lambda name: int(name.removeprefix("step_")), reverse=True):
+            try:
+                return verified(self._directory / name, self._world)
+            except CheckpointError as error:
+                if self._world.is_first:
+                    _log.warning("skipping a damaged checkpoint: %s", error)
+        return None
+
+    def _write(self, tensors: dict[str, Tensor], folder: Path) -> dict[str, FileEntry]:
+        """Write this rank's shards, force them to disk and hash them; in the thread."""
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        is_alone = self._group is None
+        save(tensors, storage_writer=writer, process_group=self._group, no_dist=is_alone)
+        mine = sorted(folder.glob(f"shard-{self._world.rank + 1:05d}-*"))
+        paths = [*mine, folder / STATE] if self._world.is_first else mine
+        for path in paths:
+            fsync(path)
+        return file_entries(paths)
+
+    def _publish(self, manifest: Manifest, final: Path) -> None:
+        write_manifest(manifest)
+        rename_into_place(manifest.path, final)
+        prune(self._directory, manifest.step, self._keep)
+
+    def _on_first(self, work: Callable[[], None], path: Path) -> None:
+        """The first rank works, and all of them learn whether it could."""
+        error = None
+        if self._world.is_first:
+            try:
+                work()
+            except (CheckpointError, *_FAILURES) as failure:
+                error = _reason(failure)
+        self._agree(error, path)
+
+    def _agree(self, error: str | None, path: Path) -> None:
+        """Raise on all ranks together if one of them says why."""
+        errors = [reason for reason in self._world.gather(error) if reason is not None]
+        if not errors:
+            return
+        if self._world.is_first:
+            shutil.rmtree(path.with_name(f"{TEMPORARY}{path.name}"), ignore_errors=True)
+        raise CheckpointError(
+            f"{path}: cannot write the checkpoint: {errors[0]}; check free space and permissions"
+        )
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Tensors (on the CPU, bit for bit) and state of one checkpoint.
+def verified(path: Path, world: World) -> Manifest:
+    """The manifest of one checkpoint after every file was checked against it; ranks share the work.
 
-    Raises CheckpointError where the folder or a file is missing or differs from the manifest.
+    Raises CheckpointError on all ranks where the folder or a file is missing or differs.
     """
-    names = _verify(path)
+    manifest, error = None, None
     try:
-        tensors = {
-            Path(name).stem: load_file(path / name)
-            for name in names
-            if name.endswith(".safetensors")
-        }
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot read the checkpoint: {error}") from error
-    return Checkpoint(tensors, state)
+        manifest = read_manifest(path)
+        manifest.check(sorted(manifest.files)[world.rank :: world.size])
+    except CheckpointError as failure:
+        error = str(failure)
+    errors = [reason for reason in world.gather(error) if reason is not None]
+    if errors or manifest is None:
+        raise CheckpointError(errors[0])
+    return manifest
 
 
-def pack_optimizer(state_dict: Mapping[str, Any]) -> Packed:
-    """An optimizer's state_dict (Adam: exp_avg, exp_avg_sq, step per parameter), taken apart.
+def load_checkpoint(
+    manifest: Manifest, tensors: Mapping[str, Tensor], world: World
+) -> dict[str, Any]:
+    """Fill `tensors` in place, each rank its shards, from a verified checkpoint; returns the state.
 
-    Tensors are named `state.<parameter index>.<name>` and `group.<group index>.<name>`.
+    Raises CheckpointError where the checkpoint holds other names, dtypes or shapes.
     """
-    tensors: dict[str, Tensor] = {}
-    rest: dict[str, dict[str, Any]] = {"state": {}, "group": {}}
-    groups = dict(enumerate(state_dict["param_groups"]))
-    for kind, entries in (("state", state_dict["state"]), ("group", groups)):
-        for index, entry in entries.items():
-            rest[kind][str(index)] = {}
-            for name, value in entry.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{kind}.{index}.{name}"] = value
-                else:
-                    rest[kind][str(index)][name] = _tuples_to_json(value)
-    return Packed(tensors, rest)
+    wanted = tensor_specs(tensors)
+    if wanted != manifest.tensors:
+        names = sorted(set(wanted) ^ set(manifest.tensors)) or sorted(
+            name for name, spec in wanted.items() if manifest.tensors[name] != spec
+        )
+        raise CheckpointError(
+            f"{manifest.path} holds other parameters than this model ({len(names)} differ, first "
+            f"{names[0]!r}); use another out_dir."
+        )
+    try:
+        load(
+            dict(tensors),
+            storage_reader=HuggingFaceStorageReader(str(manifest.path)),
+            no_dist=world.size == 1,
+        )
+        state: dict[str, Any] = json.loads((manifest.path / STATE).read_text(encoding="utf-8"))
+    except _FAILURES as error:
+        raise CheckpointError(f"{manifest.path}: cannot read it: {_reason(error)}") from error
+    return state
 
 
-def unpack_optimizer(packed: Packed) -> dict[str, Any]:
-    """The state_dict that pack_optimizer took apart, for `optimizer.load_state_dict`."""
-    entries: dict[str, dict[int, dict[str, Any]]] = {
-        kind: {
-            int(index): {name: _tuples_from_json(value) for name, value in entry.items()}
-            for index, entry in packed.state[kind].items()
-        }
-        for kind in ("state", "group")
-    }
-    for key, tensor in packed.tensors.items():
-        kind, index, name = key.split(".", 2)
-        entries[kind][int(index)][name] = tensor
-    groups = [entries["group"][index] for index in sorted(entries["group"])]
-    return {"state": entries["state"], "param_groups": groups}
+def _copied(tensors: Mapping[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """Copies in host memory, contiguous and each with storage of its own; of a shard the shard.
+
+    mesh: the ranks as CPUs. The copy of a shard says which part it is, wherever it was.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        part = tensor.detach()
+        local = part.to_local() if isinstance(part, DTensor) else part
+        copy = torch.empty(local.shape, dtype=local.dtype).copy_(local)
+        if isinstance(part, DTensor):
+            found[name] = DTensor.from_local(
+                copy, mesh, part.placements, run_check=False, shape=part.shape, stride=part.stride()
+            )
+        else:
+            found[name] = copy
+    return found
+
+
+def _begin(temporary: Path, text: str) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    (temporary / STATE).write_text(text, encoding="utf-8")
 
 
 def _state_text(state: Mapping[str, object]) -> str:
@@ -179,105 +271,9 @@ def _state_text(state: Mapping[str, object]) -> str:
     return text
 
 
-def _tuples_to_json(value: object) -> object:
-    # JSON has no tuple, and Adam's betas must come back as one.
-    return {"tuple": list(value)} if isinstance(value, tuple) else value
-
-
-def _tuples_from_json(value: Any) -> Any:
-    return tuple(value["tuple"]) if isinstance(value, dict) and "tuple" in value else value
-
-
-def _unshared(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU tensors, none of which shares storage: safetensors refuses those that do."""
-    seen: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in entries.items():
-        whole = tensor.detach().cpu().contiguous()
-        if whole.untyped_storage().data_ptr() in seen:
-            whole = whole.clone()
-        seen.add(whole.untyped_storage().data_ptr())
-        result[name] = whole
-    return result
-
-
-def _write_manifest(folder: Path, step: int) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
-    text = json.dumps({"format": _FORMAT, "step": step, "files": files}, indent=1)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-
-
-def _verify(path: Path) -> list[str]:
-    """The files that the manifest lists, each of them there and unchanged."""
-    match = _STEP_FOLDER.fullmatch(path.name)
-    if match is None:
-        raise CheckpointError(f"{path}: not a checkpoint; expected a folder named step_NNNNNN")
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != _FORMAT or manifest["step"] != int(match[1]):
-            raise CheckpointError(f"{path}: the manifest is of another step or format")
-        if STATE not in manifest["files"]:
-            raise CheckpointError(f"{path}: the manifest does not list {STATE}")
-        for name, entry in manifest["files"].items():
-            file = path / name
-            if Path(name).name != name or not file.is_file():
-                raise CheckpointError(f"{path}: file {name!r} is missing")
-            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
-                raise CheckpointError(f"{path}: file {name!r} differs from the manifest")
-        return list(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: no usable {MANIFEST}: {error!r}") from error
-
-
-def _rename_into_place(temporary: Path, final: Path) -> None:
-    """Renames; a folder already there steps aside first, since rename cannot replace a full one."""
-    replaced = final.with_name(f"{_REPLACED}{final.name}")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    temporary.rename(final)
-    _fsync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _prune(directory: Path, step: int, keep: int) -> None:
-    # Steps above this one are of another run in the same folder: not this run's to delete.
-    older = sorted((entry for entry in _step_folders(directory) if entry[0] <= step), reverse=True)
-    for _, path in older[keep:]:
-        # Renamed first, so that a kill half-way leaves no folder that looks like a checkpoint.
-        doomed = path.rename(path.with_name(f"{_TEMPORARY}pruned_{path.name}"))
-        shutil.rmtree(doomed)
-
-
-def _clean_up(directory: Path) -> None:
-    """Finishes what an interrupted save began: restores a replaced folder, drops temporary ones."""
-    for path in list(directory.iterdir()):
-        if path.name.startswith(_REPLACED):
-            final = path.with_name(path.name.removeprefix(_REPLACED))
-            if final.exists():
-                shutil.rmtree(path)
-            else:
-                path.rename(final)
-        elif path.name.startswith(_TEMPORARY):
-            shutil.rmtree(path)
-
-
-def _step_folders(directory: Path) -> list[tuple[int, Path]]:
-    found = ((_STEP_FOLDER.fullmatch(path.name), path) for path in directory.iterdir())
-    return [(int(match[1]), path) for match, path in found if match]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _reason(failure: BaseException) -> str:
+    """One line; of a failure of several ranks the first."""
+    if isinstance(failure, CheckpointException):
+        failure = next(iter(failure.failures.values()))[0]
+    lines = str(failure).splitlines()
+    return lines[0][:300] if lines else type(failure).__name__

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from xopd.errors import UserError
+from xopd.errors import Terminated, UserError
 from xopd_kernels import BackendUnavailableError, __version__
 
 EPILOG = """\
@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise  # a fault of ours
         print(f"xopd: error: {_missing(error, _COMMANDS[args.command][1])}", file=sys.stderr)
         return 2
+    except Terminated as error:
+        print(f"xopd: {error}; the same command resumes", file=sys.stderr)
+        return 143  # 128 + SIGTERM, as a shell reports it
     except KeyboardInterrupt:
         print("xopd: interrupted; the same command resumes", file=sys.stderr)
         return 130
@@ -169,8 +172,11 @@ def _add_train(commands: Parsers[argparse.ArgumentParser]) -> None:
         config = load_config(args.config, args.overrides)
         from xopd.report import write_report
         from xopd.train import train
+        from xopd.world import is_first_process
 
-        print(f"report: {write_report(train(config))}")
+        directory = train(config)
+        if is_first_process():
+            print(f"report: {write_report(directory)}")
         return 0
 
     parser.set_defaults(run=run)

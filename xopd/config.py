@@ -16,19 +16,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 
 from xopd.schema import (
     ConfigError,
     FieldSpec,
-    Range,
     Section,
     field_docstrings,
     field_specs,
     parse_text,
     read_strict_yaml,
+)
+from xopd.sections import (
+    BackendChoice,
+    DataConfig,
+    Dtype,
+    LossConfig,
+    ModelConfig,
+    OldLogprob,
+    OptimConfig,
+    RolloutConfig,
+    ShardingConfig,
+    TrainConfig,
 )
 
 __all__ = [
@@ -40,8 +51,10 @@ __all__ = [
     "FieldDoc",
     "LossConfig",
     "ModelConfig",
+    "OldLogprob",
     "OptimConfig",
     "RolloutConfig",
+    "ShardingConfig",
     "TrainConfig",
     "config_template",
     "config_to_dict",
@@ -49,150 +62,6 @@ __all__ = [
     "field_docs",
     "load_config",
 ]
-
-
-class Dtype(StrEnum):
-    """Floating-point precision of a run."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-
-
-class BackendChoice(StrEnum):
-    """Which implementation of the kernels a run asks for."""
-
-    AUTO = "auto"
-    REFERENCE = "reference"
-    TRITON = "triton"
-    NATIVE = "native"
-
-
-_Count = Annotated[int, Range(1, 10_000_000)]
-_CountOrZero = Annotated[int, Range(0, 10_000_000)]
-_UnitFloat = Annotated[float, Range(0.0, 1.0)]
-_Beta = Annotated[float, Range(0.0, 1.0, high_open=True)]
-
-
-@dataclass(frozen=True)
-class ModelConfig(Section):
-    """Which weights are trained and which teach."""
-
-    student: str
-    """Student: folder or hub id of a speech LLM; its audio tower and adapter stay frozen."""
-    teacher: str
-    """Teacher: folder or hub id of a text LLM with the student's tokenizer; frozen."""
-    dtype: Dtype = Dtype.FP32
-    """Precision of the computation; with bf16 the student keeps fp32 master weights."""
-    revision: str | None = None
-    """Hub revision (commit id) of both models; null takes the default branch."""
-    trust_remote_code: bool = False
-    """Run Python code shipped with the model. Needs a pinned revision."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.trust_remote_code and self.revision is None:
-            raise ConfigError(
-                "model.trust_remote_code is true but model.revision is null: pin the commit id "
-                "whose code you have read in model.revision"
-            )
-
-
-@dataclass(frozen=True)
-class DataConfig(Section):
-    """Paired speech and text prompts."""
-
-    path: str
-    """Corpus folder, one set of parquet shards per split (see `xopd data synth`)."""
-    train_split: str = "train"
-    """Split whose prompts the student answers in training."""
-    eval_split: str = "test"
-    """Split of the evaluations before, during and after training."""
-    eval_limit: _Count = 400
-    """Prompts per evaluation; a smaller split is used whole."""
-
-
-@dataclass(frozen=True)
-class RolloutConfig(Section):
-    """How trajectories are sampled from the student."""
-
-    prompts_per_step: _Count = 16
-    """Prompts per step (B); each is answered from speech and from text."""
-    rollouts_per_prompt: _Count = 4
-    """Trajectories per prompt and modality (G)."""
-    max_new_tokens: Annotated[int, Range(1, 1_000_000)] = 40
-    """Longest response, in tokens."""
-    temperature: Annotated[float, Range(0.0, 100.0, low_open=True)] = 1.0
-    """Sampling temperature; log-probabilities are taken at the same temperature."""
-    batch_size: _Count = 128
-    """Rows per generate call. A memory knob, but another value draws other samples."""
-
-
-@dataclass(frozen=True)
-class LossConfig(Section):
-    """The X-OPD objective (paper, equations 1 to 5)."""
-
-    text_weight: _UnitFloat = 0.5
-    """Weight lambda of the text half: L = lambda * L_in + (1 - lambda) * L_cross."""
-    clip_low: _UnitFloat = 0.2
-    """The ratio is clipped below at 1 - clip_low."""
-    clip_high: Annotated[float, Range(0.0, 1_000_000.0)] = 0.2
-    """The ratio is clipped above at 1 + clip_high."""
-    advantage_clamp: Annotated[float, Range(0.0, 1_000_000.0, low_open=True)] = 10.0
-    """Per-token advantages are clamped to [-advantage_clamp, advantage_clamp], in nats."""
-    center_advantage: bool = False
-    """Subtract the running mean advantage of earlier steps, for each modality apart."""
-    sequence_mean: bool = True
-    """Mean over the tokens of each trajectory, then over trajectories; false: over all tokens."""
-    minibatches: _Count = 1
-    """Optimizer steps per rollout batch. Above 1 the ratio leaves 1 and the clip acts."""
-
-
-@dataclass(frozen=True)
-class OptimConfig(Section):
-    """AdamW and its learning-rate schedule."""
-
-    learning_rate: _UnitFloat = 2e-6
-    """Learning rate before warm-up and decay are applied."""
-    beta1: _Beta = 0.9
-    """Decay of the first moment."""
-    beta2: _Beta = 0.95
-    """Decay of the second moment."""
-    eps: Annotated[float, Range(0.0, 1.0, low_open=True)] = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: _UnitFloat = 0.0
-    """Decoupled weight decay."""
-    warmup_steps: _CountOrZero = 10
-    """Steps of linear warm-up from 0."""
-    cosine_decay: bool = True
-    """Times half a cosine from 1 to 0 over all steps, warm-up included; false: no decay."""
-    max_grad_norm: Annotated[float, Range(0.0, 1_000_000.0, low_open=True)] = 1.0
-    """Gradients are scaled down to this global L2 norm."""
-
-
-@dataclass(frozen=True)
-class TrainConfig(Section):
-    """The loop, and where its files go."""
-
-    steps: _Count = 100
-    """Rollout batches to train on."""
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    """Seed of prompt order and sampling; the same seed and config give the same run."""
-    micro_batch: _Count = 64
-    """Rollouts per forward and backward pass. A memory knob: the gradient does not depend on it."""
-    eval_every: _CountOrZero = 0
-    """Steps between evaluations; 0: only before and after training."""
-    checkpoint_every: _CountOrZero = 20
-    """Steps between checkpoints; 0: only after the last step."""
-    keep_checkpoints: _Count = 2
-    """How many of the newest checkpoints stay on disk."""
-    out_dir: str = "runs/xopd"
-    """Folder of the run: config, metrics, checkpoints, evaluations, report."""
-    backend: BackendChoice = BackendChoice.AUTO
-    """Kernel implementation; an explicit choice that is unavailable is an error."""
-    threads: Annotated[int, Range(1, 1024)] = 2
-    """CPU threads of torch."""
-    tensorboard: bool = True
-    """Also write TensorBoard events, where the package is installed."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +73,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -223,6 +93,7 @@ _SECTIONS: Mapping[str, type[Section]] = types.MappingProxyType(
         "rollout": RolloutConfig,
         "loss": LossConfig,
         "optim": OptimConfig,
+        "sharding": ShardingConfig,
         "train": TrainConfig,
     }
 )

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """Something about a config, a file or a model that its message explains, with the remedy."""
+
+
+class Terminated(Exception):
+    """The run was told to end (SIGTERM) and has saved what it had; the same command resumes."""

@@ -14,6 +14,7 @@ from xopd.models.prompting import speech_prompt
 from xopd.prompts import encode_prompts
 from xopd.rollout import generate
 from xopd.types import Modality, Prompt
+from xopd.world import ALONE, World
 
 BATCH_SIZE = 200
 
@@ -53,26 +54,28 @@ def answer_accuracy(
     modality: Modality,
     *,
     max_new_tokens: int,
+    world: World = ALONE,
 ) -> Accuracy:
-    """Greedy answers to ``prompts`` in one modality, checked against their references."""
+    """Greedy answers to ``prompts`` in one modality, checked against their references.
+
+    Batches of ``BATCH_SIZE`` are dealt out over the ranks.
+    """
     order = sorted(prompts, key=lambda p: len(p.ids(modality)))
+    batches = [order[start : start + BATCH_SIZE] for start in range(0, len(order), BATCH_SIZE)]
+
+    def marks(number: int) -> list[tuple[str, bool]]:
+        batch = batches[number]
+        responses = generate(lm, batch, modality, max_new_tokens=max_new_tokens)
+        return [
+            (p.task, is_correct(p.task, decoded(lm.tokenizer, response), p.reference))
+            for p, response in zip(batch, responses, strict=True)
+        ]
+
     correct: dict[str, list[bool]] = {}
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = order[start : start + BATCH_SIZE]
-        responses = generate(
-            lm,
-            [p.ids(modality) for p in batch],
-            [p.audio for p in batch] if modality is Modality.SPEECH else [],
-            max_new_tokens=max_new_tokens,
-            temperature=0.0,
-        )
-        for prompt, response in zip(batch, responses, strict=True):
-            words = decoded(lm.tokenizer, response)
-            correct.setdefault(prompt.task, []).append(
-                is_correct(prompt.task, words, prompt.reference)
-            )
-    every = [mark for marks in correct.values() for mark in marks]
-    by_task = {task: _percent(marks) for task, marks in sorted(correct.items())}
+    for task, mark in (item for part in world.deal(len(batches), marks) for item in part):
+        correct.setdefault(task, []).append(mark)
+    every = [mark for found in correct.values() for mark in found]
+    by_task = {task: _percent(found) for task, found in sorted(correct.items())}
     return Accuracy(accuracy=_percent(every), by_task=by_task)
 
 
@@ -111,6 +114,7 @@ def build_evaluation_set(
     *,
     split: str,
     max_new_tokens: int,
+    world: World = ALONE,
 ) -> EvaluationSet:
     """Encode the clips, render the probes and measure the teacher's text accuracy."""
     prompts = encode_prompts(student, records)
@@ -127,18 +131,25 @@ def build_evaluation_set(
         held_out_voice=encode_prompts(student, held_out_voice) if held_out_voice else [],
         probes=probes,
         teacher_text=answer_accuracy(
-            teacher, prompts, Modality.TEXT, max_new_tokens=max_new_tokens
+            teacher, prompts, Modality.TEXT, max_new_tokens=max_new_tokens, world=world
         ),
     )
 
 
 def evaluate_student(
-    student: SpeechLM, data: EvaluationSet, *, step: int, max_new_tokens: int
+    student: SpeechLM,
+    data: EvaluationSet,
+    *,
+    step: int,
+    max_new_tokens: int,
+    world: World = ALONE,
 ) -> dict[str, object]:
     """All figures of one evaluation as a JSON-able record (``eval/*.json`` of a run)."""
 
     def accuracy(prompts: Sequence[Prompt], modality: Modality) -> Accuracy:
-        return answer_accuracy(student, prompts, modality, max_new_tokens=max_new_tokens)
+        return answer_accuracy(
+            student, prompts, modality, max_new_tokens=max_new_tokens, world=world
+        )
 
     speech = accuracy(data.prompts, Modality.SPEECH)
     text = accuracy(data.prompts, Modality.TEXT)

@@ -10,8 +10,9 @@ import torch
 from xopd.data.corpus import SpokenPrompt, decode_audio, log_mel
 from xopd.errors import UserError
 from xopd.models import SpeechLM, TextLM
-from xopd.models.prompting import speech_prompt
+from xopd.models.prompting import speech_prompt, text_prompt
 from xopd.scoring import score
+from xopd.sharding import gathered
 from xopd.types import Modality, Prompt, Rollout
 from xopd_kernels.backend import BackendChoice
 
@@ -57,12 +58,12 @@ def check_pair(student: SpeechLM, teacher: TextLM) -> SpeechLM:
     return replace(student, reserved_ids=tuple(sorted(reserved - {student.eos_id})))
 
 
-def check_prompts(student: SpeechLM, prompts: Sequence[Prompt]) -> None:
+def check_prompts(student: SpeechLM, records: Sequence[SpokenPrompt]) -> None:
     """The text prompt that the teacher reads must hold no media placeholder."""
-    for prompt in prompts:
-        if student.audio_id in prompt.text_ids:
+    for record in records:
+        if student.audio_id in text_prompt(student.tokenizer, record.text):
             raise GuardError(
-                f"prompt {prompt.id!r}: its text renders to an audio placeholder; remove the "
+                f"prompt {record.id!r}: its text renders to an audio placeholder; remove the "
                 "special token from the text."
             )
 
@@ -78,14 +79,14 @@ def check_audio_dependence(
     learns to answer a question it never heard.
     """
     (clip,) = log_mel([decode_audio(record)], student.feature_extractor)
+    with torch.no_grad(), gathered(student.model, student.towers()):
+        heard = [student.encode_audio([f])[0] for f in (clip, clip[:, ::-1].copy())]
     scored = []
-    for features in (clip, clip[:, ::-1].copy()):
-        with torch.no_grad():
-            (audio,) = student.encode_audio([features])
+    for audio in heard:
         ids = speech_prompt(student.tokenizer, student.audio_id, audio.shape[0])
         prompt = Prompt(record.id, record.task, ids, ids, audio, record.text, record.answer)
         rollout = Rollout(prompt, Modality.SPEECH, tuple(response_ids), is_finished=True)
-        (logprob,) = score(student, [rollout], temperature=1.0, micro_batch=1, backend=backend)
+        ((logprob,),) = score(student, [[rollout]], temperature=1.0, backend=backend)
         scored.append(logprob)
     change = float((scored[0] - scored[1]).abs().max())
     if not change >= MIN_LOGPROB_CHANGE:  # also refuses NaN

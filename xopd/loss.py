@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,8 +33,18 @@ class StepSize:
     tokens: int
 
 
-def step_sizes(rows: Sequence[Rollout]) -> dict[Modality, StepSize]:
-    """Trajectories and tokens of each modality over all rows of a step."""
+class Trajectory(Protocol):
+    """What a normaliser needs to know of a row."""
+
+    @property
+    def modality(self) -> Modality: ...
+
+    @property
+    def response_ids(self) -> tuple[int, ...]: ...
+
+
+def step_sizes(rows: Sequence[Trajectory]) -> dict[Modality, StepSize]:
+    """Trajectories and tokens of each modality over all rows of a step, of every rank."""
     return {
         modality: StepSize(
             rollouts=sum(r.modality is modality for r in rows),
@@ -49,8 +60,11 @@ def token_weight(
     """The weight of each token of one trajectory in the step's loss."""
     share = loss.text_weight if row.modality is Modality.TEXT else 1.0 - loss.text_weight
     size, length = sizes[row.modality], len(row.response_ids)
+    if row.weight == 0.0:
+        return torch.zeros(length)
     each = share / (size.rollouts * length) if loss.sequence_mean else share / size.tokens
-    return torch.full((length,), each)
+    weight = torch.full((length,), row.weight * each)
+    return weight if row.importance is None else weight * row.importance.cpu()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,19 @@
-"""Numbers of a run: a JSON-lines log that survives kill and resume, TensorBoard, and a terminal.
+"""Numbers of a run: a JSON-lines log that survives kill and resume, and a terminal.
 
-`metrics.jsonl` is the record; TensorBoard and the progress display show the same numbers and may
+`metrics.jsonl` is the record; trackers and the progress display show the same numbers and may
 be absent. One training step is one line, written and flushed at once.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -22,20 +21,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from xopd.errors import UserError
+from xopd.trackers import Tracker
 
 METRICS_FILE = "metrics.jsonl"
-
-_log = logging.getLogger(__name__)
 
 
 class MetricsError(UserError):
     """A metrics file or line that cannot be used; the message names file and line."""
-
-
-class _ScalarWriter(Protocol):
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -51,17 +43,17 @@ class MetricsLog:
 
     resume_step: the first step that this process will write. Lines of that step or a later one are
     dropped when the log opens, and so is a torn last line: after a crash the steps behind the
-    checkpoint are run again. 0 starts afresh. tensorboard: also write `directory/tensorboard`; if
-    the package is missing, that is logged once and the JSON log goes on alone.
+    checkpoint are run again. 0 starts afresh. trackers: get the same numbers, and are closed with
+    the log.
     """
 
-    def __init__(self, directory: Path, resume_step: int, tensorboard: bool = False) -> None:
+    def __init__(self, directory: Path, resume_step: int, trackers: Sequence[Tracker] = ()) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / METRICS_FILE
         if path.exists():
             os.truncate(path, _bytes_before(path, resume_step))
         self._file = path.open("a", encoding="utf-8")
-        self._writer = _tensorboard_writer(directory, resume_step) if tensorboard else None
+        self._trackers = tuple(trackers)
 
     def write(self, record: Mapping[str, float | int | str | bool]) -> None:
         """Writes one line; NaN and infinities become null, since JSON has no word for them.
@@ -79,16 +71,19 @@ class MetricsLog:
         clean = {n: None if _is_not_finite(value) else value for n, value in record.items()}
         self._file.write(json.dumps(clean, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            for name, value in record.items():
-                if name != "step" and isinstance(value, (int, float)):
-                    self._writer.add_scalar(name, value, step)
+        numbers = {
+            name: value
+            for name, value in record.items()
+            if name != "step" and isinstance(value, (int, float)) and math.isfinite(value)
+        }
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
     def close(self) -> None:
-        """Closes the files."""
+        """Closes the file and the trackers."""
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        for tracker in self._trackers:
+            tracker.close()
 
     def __enter__(self) -> Self:
         return self
@@ -240,16 +235,3 @@ def _bytes_before(path: Path, resume_step: int) -> int:
             break
         kept = end
     return kept
-
-
-def _tensorboard_writer(directory: Path, resume_step: int) -> _ScalarWriter | None:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        _log.warning(
-            "TensorBoard is not installed (pip install tensorboard); only %s", METRICS_FILE
-        )
-        return None
-    # purge_step hides events of steps that are run again.
-    writer: _ScalarWriter = SummaryWriter(directory / "tensorboard", purge_step=resume_step)
-    return writer

@@ -1,14 +1,16 @@
-"""AdamW over the trained parameters and its learning-rate schedule (torch's own, foreach)."""
+"""AdamW over the trained parameters (torch's own), its state by name, and the learning rate."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from xopd.config import OptimConfig
+from xopd.sections import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
@@ -20,6 +22,39 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> 
         eps=config.eps,
         weight_decay=config.weight_decay,
     )
+
+
+def moments(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """Both moments of each parameter, named `exp_avg.<name>` and `exp_avg_sq.<name>`.
+
+    Sharded as the parameter is. Where no update was made yet they are set to zero, as AdamW's own
+    first step does, so that a checkpoint can be loaded into them.
+    """
+    found: dict[str, Tensor] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+    return found
+
+
+def updates_made(optimizer: torch.optim.AdamW) -> int:
+    """Updates behind the moments; all parameters are updated together or not at all."""
+    counts = {int(state["step"]) for state in optimizer.state.values()}
+    if len(counts) > 1:
+        raise ValueError(f"parameters have seen {sorted(counts)} updates; expected one number")
+    return counts.pop() if counts else 0
+
+
+def set_updates_made(optimizer: torch.optim.AdamW, count: int) -> None:
+    """Continue after that many updates, with the moments as they are."""
+    for state in optimizer.state.values():
+        state["step"] = torch.tensor(float(count), dtype=torch.float32)
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

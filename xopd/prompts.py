@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,9 +11,8 @@ import torch
 from xopd.data.corpus import SpokenPrompt, decode_audio, log_mel
 from xopd.models import SpeechLM
 from xopd.models.prompting import speech_prompt, text_prompt
+from xopd.sharding import gathered
 from xopd.types import Prompt
-
-CLIPS_PER_BATCH = 64
 
 
 def encode_prompts(
@@ -24,19 +24,18 @@ def encode_prompts(
 ) -> list[Prompt]:
     """Prompts of ``records``, in order; the frozen audio tower sees each clip exactly once.
 
-    ``question`` is written text after the clip (probes). ``on_progress`` gets the clips done.
+    A clip goes through the tower alone: beside others, its embeddings would depend in their last
+    bits on which others there are. ``question`` is written text after the clip (probes).
+    ``on_progress`` gets the clips done.
     """
     prompts: list[Prompt] = []
     student.model.eval()
-    for start in range(0, len(records), CLIPS_PER_BATCH):
-        batch = records[start : start + CLIPS_PER_BATCH]
-        features = log_mel([decode_audio(r) for r in batch], student.feature_extractor)
-        with torch.no_grad():
-            embeddings = student.encode_audio(features)
-        for record, audio in zip(batch, embeddings, strict=True):
-            # A clone, because a view would keep the whole batch alive.
-            prompts.append(_prompt(student, record, audio.float().clone(), question))
-        on_progress(len(prompts))
+    with torch.no_grad(), gathered(student.model, student.towers()):
+        for record in records:
+            features = log_mel([decode_audio(record)], student.feature_extractor)
+            (audio,) = student.encode_audio(features)
+            prompts.append(_prompt(student, record, audio.float(), question))
+            on_progress(len(prompts))
     return prompts
 
 
@@ -53,16 +52,49 @@ def _prompt(student: SpeechLM, record: SpokenPrompt, audio: torch.Tensor, questi
     )
 
 
-def prompts_of_step(prompts: Sequence[Prompt], *, step: int, count: int, seed: int) -> list[Prompt]:
+class PromptStore:
+    """The prompts of a split by number: clips are encoded when they are first asked for.
+
+    The embeddings of the clips that were used last are kept, `kept_clips` of them. One clip of ten
+    seconds is 130 embeddings: about 1 MB where D is 2048.
+    """
+
+    def __init__(
+        self, student: SpeechLM, records: Sequence[SpokenPrompt], *, kept_clips: int
+    ) -> None:
+        self._student, self._records, self._kept_clips = student, records, kept_clips
+        self._encoded: OrderedDict[int, Prompt] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def record(self, number: int) -> SpokenPrompt:
+        """The row of the corpus."""
+        return self._records[number]
+
+    def load(self, numbers: Sequence[int]) -> list[Prompt]:
+        """The prompts with their audio. All ranks call this together, each for its own numbers."""
+        wanted = dict.fromkeys(numbers)
+        missing = [number for number in wanted if number not in self._encoded]
+        fresh = encode_prompts(self._student, [self._records[number] for number in missing])
+        self._encoded.update(zip(missing, fresh, strict=True))
+        for number in wanted:
+            self._encoded.move_to_end(number)
+        prompts = [self._encoded[number] for number in numbers]
+        while len(self._encoded) > self._kept_clips:
+            self._encoded.popitem(last=False)
+        return prompts
+
+
+def numbers_of_step(size: int, *, step: int, count: int, seed: int) -> list[int]:
     """The ``count`` prompts of step ``step`` (0-based): a fresh permutation every epoch.
 
     A pure function of (seed, step), so a resumed run continues the order without any state.
     """
     picked = []
     for position in range(step * count, (step + 1) * count):
-        epoch, index = divmod(position, len(prompts))
-        order = _permutation(len(prompts), seed, epoch)
-        picked.append(prompts[order[index]])
+        epoch, index = divmod(position, size)
+        picked.append(_permutation(size, seed, epoch)[index])
     return picked
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -18,7 +19,7 @@ from xopd.config import (
     BackendChoice,
     Config,
     Dtype,
-    ModelConfig,
+    ShardingConfig,
     config_to_dict,
     load_config,
 )
@@ -31,8 +32,12 @@ from xopd.guards import check_audio_dependence, check_pair, check_prompts
 from xopd.loss import TokenStats
 from xopd.metrics import MetricsLog, TrainProgress, read_jsonl
 from xopd.models import SpeechLM, TextLM, load_student, load_teacher
-from xopd.prompts import encode_prompts
-from xopd.types import Modality, Prompt
+from xopd.prompts import PromptStore
+from xopd.rollout import Engine, GenerateEngine
+from xopd.sharding import placement, settle
+from xopd.trackers import check_trackers, open_trackers
+from xopd.types import Modality
+from xopd.world import ALONE, World
 from xopd_kernels import Backend
 
 _log = logging.getLogger(__name__)
@@ -47,8 +52,11 @@ MAY_CHANGE = frozenset(
     f"train.{name}"
     for name in (
         *("micro_batch", "threads", "eval_every", "checkpoint_every", "keep_checkpoints"),
-        *("out_dir", "tensorboard"),
+        *("out_dir", "max_skipped_updates", "rank_timeout_s"),
+        *("tensorboard", "trackio", "wandb", "project"),
     )
+) | frozenset(
+    ("data.kept_clips", *(f"sharding.{f.name}" for f in dataclasses.fields(ShardingConfig)))
 )
 
 
@@ -64,8 +72,15 @@ class Run:
     directory: Path
     student: SpeechLM
     teacher: TextLM
-    prompts: list[Prompt]
+    prompts: PromptStore
     evaluation: EvaluationSet
+    engine: Engine
+    world: World
+
+    @property
+    def backend(self) -> Backend | Literal["auto"]:
+        """The configured backend as the kernels take it."""
+        return kernel_backend(self.config)
 
     def modalities(self) -> list[Modality]:
         """The halves of the objective that have weight; lambda 0 or 1 drops one."""
@@ -77,19 +92,30 @@ class Run:
         """bf16 mixed precision for the student (fp32 master weights), or nothing."""
         if self.config.model.dtype is Dtype.FP32:
             return nullcontext()
-        device = next(self.student.model.parameters()).device.type
-        return torch.autocast(device, dtype=torch.bfloat16)
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
     def sample_steps(self) -> set[int]:
         """Steps whose rollouts are kept for people to read: first, middle, last."""
         steps = self.config.train.steps
         return {0, steps // 2, steps - 1}
 
-    def log(self, step: int) -> MetricsLog:
-        return MetricsLog(self.directory, step, tensorboard=self.config.train.tensorboard)
+    @contextmanager
+    def shown(self, step: int) -> Iterator[Callable[[Mapping[str, float | int]], None]]:
+        """Gives a function for the metrics of each step from this one on: log and progress."""
+        if not self.world.is_first:
+            yield lambda record: None
+            return
+        trackers = open_trackers(self.config, self.directory, step)
+        with (
+            MetricsLog(self.directory, step, trackers) as log,
+            TrainProgress(self.config.train.steps, step) as progress,
+        ):
 
-    def progress(self, step: int) -> TrainProgress:
-        return TrainProgress(self.config.train.steps, step)
+            def show(record: Mapping[str, float | int]) -> None:
+                log.write(record)
+                progress.update(int(record["step"]) + 1, record)
+
+            yield show
 
     def evaluate(self, name: str, *, step: int) -> None:
         """Evaluate the student as it is now into ``eval/<name>.json``."""
@@ -98,55 +124,81 @@ class Run:
             self.evaluation,
             step=step,
             max_new_tokens=self.config.rollout.max_new_tokens,
+            world=self.world,
         )
-        path = self.directory / "eval" / f"{name}.json"
-        write_atomically(path, json.dumps(record, indent=1).encode())
+        if self.world.is_first:
+            path = self.directory / "eval" / f"{name}.json"
+            write_atomically(path, json.dumps(record, indent=1).encode())
 
     def save_student(self) -> None:
         """The student as a loadable folder: safetensors, config, tokenizer, feature extractor."""
-        save_speech_lm(self.student, self.directory / "student")
+        save_speech_lm(self.student, self.directory / "student", self.world)
 
 
-def save_speech_lm(student: SpeechLM, folder: Path) -> None:
-    """Write a speech LLM so that ``load_student`` reads it back; a crash leaves no half folder."""
+def save_speech_lm(student: SpeechLM, folder: Path, world: World = ALONE) -> None:
+    """Write a speech LLM so that ``load_student`` reads it back; a crash leaves no half folder.
+
+    The shards of a sharded model come together in the host memory of the first rank.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for part in (student.model, student.tokenizer, student.feature_extractor):
-        part.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    if world.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)
+    world.barrier()
+    student.model.save_pretrained(temporary, is_main_process=world.is_first)
+    if world.is_first:
+        for part in (student.tokenizer, student.feature_extractor):
+            part.save_pretrained(temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    world.barrier()
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, world: World) -> Run:
     """Check everything, then load and encode: models, pair, prompts, audio, evaluation set."""
     torch.set_num_threads(config.train.threads)
-    teacher, student = load_pair(config.model)
-    student.freeze_all_but_language_model()
+    check_trackers(config)
+    teacher, student = load_pair(config, world)
     records = load_corpus(Path(config.data.path), config.data.train_split)
     if not records:
         raise RunError(f"split {config.data.train_split!r} of {config.data.path} has no rows.")
+    check_prompts(student, records)
     answer = student.tokenizer(records[0].solution, add_special_tokens=False).input_ids
     change = check_audio_dependence(
         student, records[0], response_ids=answer, backend=kernel_backend(config)
     )
-    _log.info("audio dependence: log-probs move by up to %.2f nat", change)
-    prompts = encode_prompts(student, records)
-    check_prompts(student, prompts)
-    evaluation = load_evaluation_set(config, student, teacher)
-    return Run(config, Path(config.train.out_dir), student, teacher, prompts, evaluation)
+    if world.is_first:
+        _log.info("audio dependence: log-probs move by up to %.2f nat", change)
+    prompts = PromptStore(student, records, kept_clips=config.data.kept_clips)
+    return Run(
+        config=config,
+        directory=Path(config.train.out_dir),
+        student=student,
+        teacher=teacher,
+        prompts=prompts,
+        evaluation=load_evaluation_set(config, student, teacher, world),
+        engine=GenerateEngine(student, prompts, config.rollout, world),
+        world=world,
+    )
 
 
-def load_pair(model: ModelConfig) -> tuple[TextLM, SpeechLM]:
-    """Teacher and student of a config, checked against each other, on the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def load_pair(config: Config, world: World) -> tuple[TextLM, SpeechLM]:
+    """Teacher and student of a config, checked against each other, each where it computes."""
+    model = config.model
+    where = placement(world, model.dtype, config.sharding)
     # The student keeps fp32 master weights and computes in bf16; the frozen teacher needs none.
     dtype = torch.float32 if model.dtype is Dtype.FP32 else torch.bfloat16
     revision, trust = model.revision, model.trust_remote_code
     teacher = load_teacher(
-        model.teacher, dtype=dtype, device=device, revision=revision, trust_remote_code=trust
+        model.teacher, dtype=dtype, placement=where, revision=revision, trust_remote_code=trust
     )
-    student = load_student(model.student, device=device, revision=revision, trust_remote_code=trust)
-    return teacher, check_pair(student, teacher)
+    student = load_student(
+        model.student, placement=where, revision=revision, trust_remote_code=trust
+    )
+    student = check_pair(student, teacher)
+    student.freeze_all_but_language_model()
+    for lm, is_trained in ((teacher, False), (student, True)):
+        settle(lm.model, recompute=is_trained and config.sharding.checkpoint_activations)
+    return teacher, student
 
 
 def kernel_backend(config: Config) -> Backend | Literal["auto"]:
@@ -155,7 +207,9 @@ def kernel_backend(config: Config) -> Backend | Literal["auto"]:
     return "auto" if choice is BackendChoice.AUTO else Backend(choice.value)
 
 
-def load_evaluation_set(config: Config, student: SpeechLM, teacher: TextLM) -> EvaluationSet:
+def load_evaluation_set(
+    config: Config, student: SpeechLM, teacher: TextLM, world: World
+) -> EvaluationSet:
     """The evaluation split, and the same families in voices that training never hears."""
     folder, limit = Path(config.data.path), config.data.eval_limit
     held_out: list[SpokenPrompt] = []
@@ -168,6 +222,7 @@ def load_evaluation_set(config: Config, student: SpeechLM, teacher: TextLM) -> E
         held_out,
         split=config.data.eval_split,
         max_new_tokens=config.rollout.max_new_tokens,
+        world=world,
     )
 
 
@@ -198,8 +253,14 @@ def check_folder(directory: Path, config: Config) -> None:
 
 
 @contextmanager
-def exclusive(directory: Path) -> Iterator[None]:
-    """Make the run folder and hold it; the lock ends with the process, however that ends."""
+def exclusive(directory: Path, world: World = ALONE) -> Iterator[None]:
+    """Make the run folder and hold it; the lock ends with the process, however that ends.
+
+    The first rank holds it for all of them.
+    """
+    if not world.is_first:
+        yield
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / LOCK).open("w")
@@ -218,21 +279,27 @@ def exclusive(directory: Path) -> Iterator[None]:
 
 def record_samples(run: Run, step: int, stats: Sequence[TokenStats]) -> None:
     """Keep one rollout, of median length, of each task and modality for the report."""
+    mine = [sample_record(run.student, item) for item in stats]
+    found = [record for part in run.world.gather(mine) for record in part]
+    if not run.world.is_first:
+        return
     path = run.directory / SAMPLES
     # A resumed run may repeat a step: what it wrote before is replaced.
     kept = [s for s in read_jsonl(path) if s["step"] < step] if path.exists() else []
+    # An order that does not depend on which rank held a row.
+    found.sort(key=lambda r: (len(r["token"]), r["prompt_id"], r["token"]))
     for modality in Modality:
-        of_task: dict[str, list[TokenStats]] = {}
-        for item in sorted(stats, key=lambda s: len(s.rollout.response_ids)):
-            if item.rollout.modality is modality:
-                of_task.setdefault(item.rollout.prompt.task, []).append(item)
-        picked = [items[len(items) // 2] for items in of_task.values()][:SAMPLED_TASKS]
-        kept += [{"step": step, **sample_record(run.student, item)} for item in picked]
+        of_task: dict[str, list[dict[str, Any]]] = {}
+        for record in found:
+            if record["modality"] == modality.value:
+                of_task.setdefault(record["task"], []).append(record)
+        picked = [records[len(records) // 2] for records in of_task.values()][:SAMPLED_TASKS]
+        kept += [{"step": step, **record} for record in picked]
     lines = "".join(json.dumps(record) + "\n" for record in kept)
     write_atomically(path, lines.encode())
 
 
-def sample_record(student: SpeechLM, item: TokenStats) -> dict[str, object]:
+def sample_record(student: SpeechLM, item: TokenStats) -> dict[str, Any]:
     """One rollout with its tokens and per-token numbers, as ``samples.jsonl`` holds it."""
     rollout, tokenizer = item.rollout, student.tokenizer
     response = decoded(tokenizer, rollout.response_ids)
@@ -254,6 +321,8 @@ def sample_record(student: SpeechLM, item: TokenStats) -> dict[str, object]:
 
 def evaluate_folder(config: Config) -> dict[str, object]:
     """Evaluate a student folder without training: the record of ``eval/*.json``."""
-    teacher, student = load_pair(config.model)
-    data = load_evaluation_set(config, student, teacher)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = World(device=device)
+    teacher, student = load_pair(config, world)
+    data = load_evaluation_set(config, student, teacher, world)
     return evaluate_student(student, data, step=0, max_new_tokens=config.rollout.max_new_tokens)

@@ -54,8 +54,7 @@ def layout(rows: Sequence[Rollout], lm: SpeechLM | TextLM) -> TokenBatch:
         ids[i, : len(prompt)] = torch.tensor(prompt)
         ids[i, len(prompt) : len(prompt) + len(response)] = response
         target[i, len(prompt) - 1 : len(prompt) - 1 + len(response)] = response
-    device = next(lm.model.parameters()).device
-    return TokenBatch(ids=ids.to(device), target=target.to(device), rows=tuple(rows))
+    return TokenBatch(ids=ids.to(lm.device), target=target.to(lm.device), rows=tuple(rows))
 
 
 def positions(batch: TokenBatch) -> Tensor:
@@ -92,42 +91,36 @@ def support_bias(lm: SpeechLM | TextLM, weight: Tensor, bias: Tensor | None) -> 
 @torch.no_grad()
 def score(
     lm: SpeechLM | TextLM,
-    rows: Sequence[Rollout],
+    passes: Sequence[Sequence[Rollout]],
     *,
     temperature: float,
-    micro_batch: int,
     backend: BackendChoice,
-) -> list[Tensor]:
+) -> list[list[Tensor]]:
     """Log-probabilities [n_i] fp32 of every sampled token, without gradient or logits.
 
-    A TextLM reads the text prompt whatever the rollout's modality: that is the cross-modal half
-    of X-OPD (paper, eq. 2).
+    passes: the rows of each forward pass; the result has the same shape. A TextLM reads the text
+    prompt whatever the rollout's modality: that is the cross-modal half of X-OPD (paper, eq. 2).
     """
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].response_ids))
-    scored: dict[int, Tensor] = {}
-    for start in range(0, len(order), micro_batch):
-        picked = order[start : start + micro_batch]
-        batch = layout([rows[i] for i in picked], lm)
+    return [_scored(lm, rows, temperature, backend) for rows in passes]
 
-        def op(
-            hidden: Tensor,
-            weight: Tensor,
-            bias: Tensor | None,
-            target: Tensor = batch.target,
-        ) -> Tensor:
-            return linear_logprob(
-                hidden,
-                weight,
-                target,
-                bias=support_bias(lm, weight, bias),
-                temperature=temperature,
-                backend=backend,
-            ).logprob
 
-        with fused_head(lm.model.get_output_embeddings(), op):
-            logprob = lm.model(
-                inputs_embeds=embed(lm, batch), position_ids=positions(batch), use_cache=False
-            ).logits
-        for i, values in zip(picked, batch.gather(logprob), strict=True):
-            scored[i] = values
-    return [scored[i] for i in range(len(rows))]
+def _scored(
+    lm: SpeechLM | TextLM, rows: Sequence[Rollout], temperature: float, backend: BackendChoice
+) -> list[Tensor]:
+    batch = layout(rows, lm)
+
+    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_logprob(
+            hidden,
+            weight,
+            batch.target,
+            bias=support_bias(lm, weight, bias),
+            temperature=temperature,
+            backend=backend,
+        ).logprob
+
+    with fused_head(lm.model.get_output_embeddings(), op):
+        logprob = lm.model(
+            inputs_embeds=embed(lm, batch), position_ids=positions(batch), use_cache=False
+        ).logits
+    return batch.gather(logprob)

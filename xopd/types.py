@@ -46,3 +46,6 @@ class Rollout:
     is_finished: bool  # False: cut at max_new_tokens
     teacher_logprob: Tensor | None = None  # [n] fp32: log pi_T(y_t | x_text, y_<t)
     old_logprob: Tensor | None = None  # [n] fp32: log pi_old(y_t | x, y_<t); None: on-policy
+    engine_logprob: Tensor | None = None  # [n] fp32: what sampled it says; None: it says nothing
+    importance: Tensor | None = None  # [n] fp32: weight of each token; None: 1
+    weight: float = 1.0  # in the loss; 0: a row that only fills a pass of this rank

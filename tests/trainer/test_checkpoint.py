@@ -6,30 +6,56 @@ import json
 import logging
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from xopd.checkpoint import (
-    CheckpointError,
-    latest_checkpoint,
-    load_checkpoint,
-    pack_optimizer,
-    save_checkpoint,
-    unpack_optimizer,
-)
+from xopd.checkpoint import Checkpoints, load_checkpoint, verified
+from xopd.manifest import CheckpointError
+from xopd.optimizer import build_optimizer, moments, set_updates_made, updates_made
+from xopd.sections import OptimConfig
+from xopd.world import ALONE
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+
+
+def save_these(
+    directory: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 9
+) -> Path:
+    checkpoints = Checkpoints(directory, ALONE, keep=keep)
+    try:
+        checkpoints.save(step, tensors, state)
+        checkpoints.finish()
+    finally:
+        checkpoints.close()
+    return directory / f"step_{step:06d}"
 
 
 def save(directory: Path, step: int, keep: int = 9) -> Path:
-    tensors = {"model": {"weight": torch.full((3,), float(step))}}
-    return save_checkpoint(directory, step, tensors, {"step": step}, keep)
+    return save_these(
+        directory, step, {"weight": torch.full((3,), float(step))}, {"step": step}, keep
+    )
+
+
+def load(path: Path, like: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint; `like` says what it should hold."""
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in like.items()}
+    return tensors, load_checkpoint(verified(path, ALONE), tensors, ALONE)
+
+
+def latest(directory: Path) -> Path | None:
+    found = Checkpoints(directory, ALONE, keep=1).latest()
+    return None if found is None else found.path
 
 
 def folders(directory: Path) -> list[str]:
@@ -39,26 +65,19 @@ def folders(directory: Path) -> list[str]:
 def test_round_trip_is_bit_exact(tmp_path: Path) -> None:
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     tensors = {
-        "model": {
-            "bf16": bits.view(torch.bfloat16),  # every bit pattern: NaNs, infinities, subnormals
-            "transposed": torch.arange(6.0).reshape(2, 3).t(),
-            "scalar": torch.tensor(1.5, dtype=torch.float64),
-            "empty": torch.empty(0, 4),
-        },
-        "rng": {"cpu": torch.get_rng_state()},
+        "bf16": bits.view(torch.bfloat16),  # every bit pattern: NaNs, infinities, subnormals
+        "transposed": torch.arange(6.0).reshape(2, 3).t(),
+        "scalar": torch.tensor(1.5, dtype=torch.float64),
+        "integers": torch.arange(-3, 3),
     }
     state = {"step": 40, "nested": {"list": [1, 2.5, None, True, "ü"]}, "small": 5e-324}
-    path = save_checkpoint(tmp_path / "new" / "dir", 40, tensors, state, keep=1)
+    path = save_these(tmp_path / "new" / "dir", 40, tensors, state, keep=1)
     assert path.name == "step_000040"
-    loaded = load_checkpoint(path)
-    assert loaded.state == state
-    assert loaded.tensors.keys() == tensors.keys()
-    for stem, entries in tensors.items():
-        assert loaded.tensors[stem].keys() == entries.keys()
-        for name, expected in entries.items():
-            got = loaded.tensors[stem][name]
-            assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
-            assert raw(got) == raw(expected)
+    found, found_state = load(path, tensors)
+    assert found_state == state
+    for name, expected in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (expected.dtype, expected.shape)
+        assert raw(found[name]) == raw(expected)
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -68,8 +87,32 @@ def raw(tensor: Tensor) -> bytes:
 def test_tied_and_sliced_tensors_are_written_whole(tmp_path: Path) -> None:
     shared = torch.arange(12.0).reshape(3, 4)
     entries = {"row": shared[1], "embed": shared, "head": shared, "corner": shared[1:, 2:]}
-    loaded = load_checkpoint(save_checkpoint(tmp_path, 1, {"m": entries}, {}, keep=1)).tensors["m"]
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in entries.items())
+    found, _ = load(save_these(tmp_path, 1, entries, {}), entries)
+    assert all(torch.equal(found[name], tensor) for name, tensor in entries.items())
+
+
+def test_tensors_may_change_while_they_are_written(tmp_path: Path) -> None:
+    weight = torch.arange(300_000.0)
+    expected = weight.clone()
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
+    checkpoints.save(1, {"weight": weight}, {})
+    weight.fill_(-1.0)
+    assert folders(tmp_path) == [".tmp_step_000001"]  # not published before it is whole
+    checkpoints.finish()
+    found, _ = load(tmp_path / "step_000001", {"weight": weight})
+    assert torch.equal(found["weight"], expected)
+    checkpoints.close()
+
+
+def test_poll_publishes_what_is_written(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=1)
+    checkpoints.poll()
+    checkpoints.save(1, {"weight": torch.ones(3)}, {})
+    deadline_s = time.monotonic() + 30
+    while folders(tmp_path) != ["step_000001"]:
+        assert time.monotonic() < deadline_s
+        checkpoints.poll()
+    checkpoints.close()
 
 
 def test_pruning_keeps_the_newest_of_this_run(tmp_path: Path) -> None:
@@ -81,9 +124,26 @@ def test_pruning_keeps_the_newest_of_this_run(tmp_path: Path) -> None:
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    path = save_checkpoint(tmp_path, 10, {"model": {}}, {"again": True}, keep=1)
-    assert load_checkpoint(path).state == {"again": True}
+    other = {"other": torch.ones(2)}
+    path = save_these(tmp_path, 10, other, {"again": True})
+    assert load(path, other)[1] == {"again": True}
     assert folders(tmp_path) == ["step_000010"]
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        {"weight": torch.ones(4)},
+        {"weight": torch.ones(3, dtype=torch.bfloat16)},
+        {"weights": torch.ones(3)},
+        {"weight": torch.ones(3), "bias": torch.ones(1)},
+    ],
+    ids=["shape", "dtype", "name", "one more"],
+)
+def test_another_model_is_refused(tmp_path: Path, like: dict[str, Tensor]) -> None:
+    path = save(tmp_path, 10)
+    with pytest.raises(CheckpointError, match="holds other parameters than this model"):
+        load(path, like)
 
 
 def flip(path: Path) -> None:
@@ -93,14 +153,15 @@ def flip(path: Path) -> None:
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "bit flip in weights": lambda p: flip(p / "model.safetensors"),
+    "bit flip in weights": lambda p: flip(p / SHARD),
     "bit flip in state": lambda p: flip(p / "state.json"),
-    "truncated weights": lambda p: os.truncate(p / "model.safetensors", 50),
-    "weights deleted": lambda p: (p / "model.safetensors").unlink(),
+    "truncated weights": lambda p: os.truncate(p / SHARD, 50),
+    "weights deleted": lambda p: (p / SHARD).unlink(),
     "manifest deleted": lambda p: (p / "manifest.json").unlink(),
     "manifest not JSON": lambda p: (p / "manifest.json").write_text("{"),
     "manifest a list": lambda p: (p / "manifest.json").write_text("[]"),
-    "manifest empty": lambda p: (p / "manifest.json").write_text('{"format": 1, "step": 20}'),
+    "manifest empty": lambda p: (p / "manifest.json").write_text('{"format": 2, "step": 20}'),
+    "a shard more": lambda p: shutil.copy(p / SHARD, p / "shard-00002-model.safetensors"),
     "another step's folder": lambda p: p.rename(p.with_name("step_000021")),
 }
 
@@ -112,55 +173,55 @@ def test_damage_is_found_and_the_previous_one_taken(
     previous = save(tmp_path, 10)
     damage(save(tmp_path, 20))
     with caplog.at_level(logging.WARNING):
-        assert latest_checkpoint(tmp_path) == previous
-    assert len(caplog.messages) == 1
-    assert "skipping a damaged checkpoint" in caplog.text
+        assert latest(tmp_path) == previous
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "xopd.checkpoint"]
+    assert "skipping a damaged checkpoint" in said
     newest = max(tmp_path.iterdir())
     with pytest.raises(CheckpointError, match=newest.name):
-        load_checkpoint(newest)
+        verified(newest, ALONE)
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
     path = save(tmp_path, 10)
     manifest = json.loads((path / "manifest.json").read_text())
-    entry = manifest["files"].pop("model.safetensors")
-    (path / "model.safetensors").rename(tmp_path / "model.safetensors")
-    manifest["files"]["../model.safetensors"] = entry
+    entry = manifest["files"].pop(SHARD)
+    (path / SHARD).rename(tmp_path / SHARD)
+    manifest["files"][f"../{SHARD}"] = entry
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="missing"):
-        load_checkpoint(path)
+        verified(path, ALONE)
 
 
 def test_absent_checkpoints(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path / "absent") is None
-    assert latest_checkpoint(tmp_path) is None
+    assert latest(tmp_path / "absent") is None
+    assert latest(tmp_path) is None
     with pytest.raises(CheckpointError, match="manifest"):
-        load_checkpoint(tmp_path / "step_000001")
+        verified(tmp_path / "step_000001", ALONE)
     with pytest.raises(CheckpointError, match="expected a folder named step_NNNNNN"):
-        load_checkpoint(tmp_path)
+        verified(tmp_path, ALONE)
 
 
 def test_leftovers_of_an_interrupted_save_are_cleaned_up(tmp_path: Path) -> None:
     (tmp_path / ".tmp_step_000030").mkdir()
     replaced = save(tmp_path, 20)
     replaced.rename(tmp_path / ".replaced_step_000020")  # killed between the two renames
-    assert latest_checkpoint(tmp_path) == replaced
+    assert latest(tmp_path) == replaced
     (tmp_path / ".replaced_step_000020").mkdir()  # killed after them
-    assert latest_checkpoint(tmp_path) == replaced
+    assert latest(tmp_path) == replaced
     assert folders(tmp_path) == ["step_000020"]
 
 
 @pytest.mark.parametrize("state", [{"x": float("nan")}, {"x": (1, 2)}, {1: 2}, {"x": {1, 2}}])
 def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="JSON"):
-        save_checkpoint(tmp_path, 1, {}, state, keep=1)
+        save_these(tmp_path, 1, {}, state)
 
 
 def test_bad_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="keep=0"):
-        save_checkpoint(tmp_path, 1, {}, {}, keep=0)
-    with pytest.raises(ValueError, match=r"\.\./x"):
-        save_checkpoint(tmp_path, 1, {"../x": {}}, {}, keep=1)
+        Checkpoints(tmp_path, ALONE, keep=0)
+    with pytest.raises(ValueError, match="step=-1"):
+        save(tmp_path, -1)
 
 
 def test_a_failed_write_leaves_the_previous_one_and_no_rubbish(
@@ -176,7 +237,7 @@ def test_a_failed_write_leaves_the_previous_one_and_no_rubbish(
         save(tmp_path, 20, keep=1)
     monkeypatch.undo()
     assert folders(tmp_path) == ["step_000010"]
-    assert latest_checkpoint(tmp_path) == previous
+    assert latest(tmp_path) == previous
 
 
 def test_a_failed_replacement_keeps_the_one_that_was_there(
@@ -192,16 +253,26 @@ def test_a_failed_replacement_keeps_the_one_that_was_there(
 
     monkeypatch.setattr(Path, "rename", fails_on_the_new_one)
     with pytest.raises(CheckpointError, match="Input/output error"):
-        save_checkpoint(tmp_path, 10, {}, {"again": True}, keep=1)
+        save_these(tmp_path, 10, {"other": torch.ones(2)}, {"again": True})
     monkeypatch.undo()
-    assert latest_checkpoint(tmp_path) == path
-    assert load_checkpoint(path).state == {"step": 10}
+    assert latest(tmp_path) == path
+    assert load(path, {"weight": torch.ones(3)})[1] == {"step": 10}
 
 
-def small_optimizer() -> tuple[torch.nn.Linear, torch.optim.AdamW]:
-    model = torch.nn.Linear(3, 2)
-    groups = [{"params": [model.weight], "lr": 0.1}, {"params": [model.bias], "betas": (0.5, 0.6)}]
-    return model, torch.optim.AdamW(groups)
+def test_a_full_disk_is_named_and_leaves_the_previous_one(tmp_path: Path) -> None:
+    """A real limit: no file of this process may grow beyond 100 kB."""
+    previous = save(tmp_path, 10)
+    signal_before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() fails instead
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"step_000020: cannot write .* File too large"):
+            save_these(tmp_path, 20, {"weight": torch.ones(100_000)}, {"step": 20}, keep=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, signal_before)
+    assert folders(tmp_path) == ["step_000010"]
+    assert latest(tmp_path) == previous
 
 
 def step(model: torch.nn.Linear, optimizer: torch.optim.AdamW) -> None:
@@ -210,27 +281,33 @@ def step(model: torch.nn.Linear, optimizer: torch.optim.AdamW) -> None:
     optimizer.step()
 
 
-def test_optimizer_continues_bit_for_bit(tmp_path: Path) -> None:
+def whole_state(model: torch.nn.Linear, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    named = dict(model.named_parameters())
+    return {name: p.detach() for name, p in named.items()} | moments(optimizer, named)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_optimizer_continues_bit_for_bit(tmp_path: Path, steps: int) -> None:
     torch.manual_seed(0)
-    model, optimizer = small_optimizer()
-    for _ in range(3):
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.1)
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(model.parameters(), config)
+    for _ in range(steps):
         step(model, optimizer)
-    optim = pack_optimizer(optimizer.state_dict())
-    tensors = {"model": model.state_dict(), "optim": optim.tensors}
-    path = save_checkpoint(tmp_path, 3, tensors, {"optim": optim.state}, keep=1)
+    assert updates_made(optimizer) == steps
+    path = save_these(tmp_path, steps, whole_state(model, optimizer), {"made": steps})
     torch.manual_seed(1)
     step(model, optimizer)
     expected = [raw(p.detach()) for p in model.parameters()]
 
-    loaded = load_checkpoint(path)
-    other, other_optimizer = small_optimizer()
-    other.load_state_dict(loaded.tensors["model"])
-    packed = type(optim)(loaded.tensors["optim"], loaded.state["optim"])
-    state_dict = unpack_optimizer(packed)
-    assert state_dict["param_groups"][1]["betas"] == (0.5, 0.6)
-    other_optimizer.load_state_dict(state_dict)
+    other = torch.nn.Linear(3, 2)
+    other_optimizer = build_optimizer(other.parameters(), config)
+    tensors = whole_state(other, other_optimizer)
+    state = load_checkpoint(verified(path, ALONE), tensors, ALONE)
+    set_updates_made(other_optimizer, state["made"])
     torch.manual_seed(1)
     step(other, other_optimizer)
+    assert updates_made(other_optimizer) == steps + 1
     assert [raw(p.detach()) for p in other.parameters()] == expected
 
 
@@ -239,12 +316,15 @@ LAUNCHER = """
 import os, sys
 from pathlib import Path
 import torch
-from xopd.checkpoint import save_checkpoint
+from xopd.checkpoint import Checkpoints
+from xopd.world import ALONE
 
 def save_for_ever(step):
+    checkpoints = Checkpoints(Path(sys.argv[1]), ALONE, keep=2)
     while True:
-        tensors = {name: {"x": torch.full((2_000,), float(step))} for name in ("model", "optim")}
-        save_checkpoint(Path(sys.argv[1]), step, tensors, {"step": step}, keep=2)
+        tensors = {name: torch.full((2_000,), float(step)) for name in ("model", "optim")}
+        checkpoints.save(step, tensors, {"step": step})
+        checkpoints.finish()
         os.write(1, f"saved {step}\\n".encode())
         step += 1
 
@@ -276,14 +356,14 @@ def test_sigkill_at_a_random_time_loses_nothing_acknowledged(tmp_path: Path) -> 
         while (line := launcher.stdout.readline()) != "killed 0\n":
             acknowledged = int(line.removeprefix("saved "))
         interrupted += any(path.name.startswith(".") for path in tmp_path.iterdir())
-        latest = latest_checkpoint(tmp_path)
-        assert latest is not None
-        loaded = load_checkpoint(latest)
-        found = loaded.state["step"]
-        assert latest.name == f"step_{found:06d}"
+        newest = latest(tmp_path)
+        assert newest is not None
+        tensors, state = load(newest, dict.fromkeys(("model", "optim"), torch.zeros(2_000)))
+        found = state["step"]
+        assert newest.name == f"step_{found:06d}"
         assert found >= acknowledged >= start
-        for entries in loaded.tensors.values():
-            assert torch.equal(entries["x"], torch.full((2_000,), float(found)))
+        for tensor in tensors.values():
+            assert torch.equal(tensor, torch.full((2_000,), float(found)))
         start = found
     launcher.communicate()
     assert interrupted > 0, "no kill hit a save, so the test tested nothing"

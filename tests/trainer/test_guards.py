@@ -21,7 +21,6 @@ from xopd.guards import (
 )
 from xopd.models import SpeechLM, TextLM
 from xopd.models.demo import build_teacher, build_tokenizer
-from xopd.types import Prompt
 from xopd_kernels import Backend
 
 RESPONSE = (20, 21, 22)
@@ -92,11 +91,13 @@ def test_a_teacher_of_fewer_rows_is_refused(student: SpeechLM) -> None:
         check_pair(student, TextLM(other, build_tokenizer()))
 
 
-def test_a_text_that_renders_to_audio_is_refused(student: SpeechLM, prompts: list[Prompt]) -> None:
-    check_prompts(student, prompts)
-    bad = replace(prompts[3], text_ids=(*prompts[3].text_ids, student.audio_id))
+def test_a_text_that_renders_to_audio_is_refused(
+    student: SpeechLM, records: list[SpokenPrompt]
+) -> None:
+    check_prompts(student, records)
+    bad = replace(records[3], text=f"{records[3].text} <audio>")
     with pytest.raises(GuardError, match=rf"{bad.id}.*audio placeholder"):
-        check_prompts(student, [*prompts, bad])
+        check_prompts(student, [*records, bad])
 
 
 def test_audio_reaches_the_loss(student: SpeechLM, records: list[SpokenPrompt]) -> None:

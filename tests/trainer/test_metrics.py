@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
 import io
 import json
-import logging
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -97,33 +95,26 @@ def test_bad_records_are_refused(tmp_path: Path) -> None:
     assert logged_steps(tmp_path) == []
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    with MetricsLog(tmp_path, 0, tensorboard=True) as log:
-        log.write({"step": 7, "loss": 0.5, "phase": "train"})
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert events.Tags()["scalars"] == ["loss"]
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 0.5)]
+class Listening:
+    """A tracker that remembers."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[int, dict[str, float | int]]] = []
+        self.is_closed = False
+
+    def write(self, step: int, values: Mapping[str, float | int]) -> None:
+        self.heard.append((step, dict(values)))
+
+    def close(self) -> None:
+        self.is_closed = True
 
 
-def test_without_tensorboard_the_log_goes_on_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    real_import = builtins.__import__
-
-    def no_tensorboard(name: str, *rest: object) -> ModuleType:
-        if name == "torch.utils.tensorboard":
-            raise ImportError(name)
-        return real_import(name, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(builtins, "__import__", no_tensorboard)
-    with caplog.at_level(logging.WARNING), MetricsLog(tmp_path, 0, tensorboard=True) as log:
-        log.write({"step": 0})
-        log.write({"step": 1})
-    assert len(caplog.messages) == 1
-    assert "pip install tensorboard" in caplog.text
-    assert logged_steps(tmp_path) == [0, 1]
+def test_trackers_get_the_finite_numbers_and_are_closed(tmp_path: Path) -> None:
+    tracker = Listening()
+    with MetricsLog(tmp_path, 0, [tracker]) as log:
+        log.write({"step": 7, "loss": 0.5, "kl": float("nan"), "phase": "train", "tokens": 3})
+    assert tracker.heard == [(7, {"loss": 0.5, "tokens": 3})]
+    assert tracker.is_closed
 
 
 def test_format_record() -> None:

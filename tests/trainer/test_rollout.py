@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from xopd.config import RolloutConfig
+from xopd.data.corpus import SpokenPrompt
 from xopd.models import SpeechLM, TextLM
 from xopd.models.demo import build_teacher
-from xopd.rollout import generate, sample_rollouts
+from xopd.prompts import PromptStore
+from xopd.rollout import GenerateEngine, Sampled, generate, requests_of_step
 from xopd.scoring import IGNORE, layout, score
 from xopd.types import Modality, Prompt, Rollout
+from xopd.world import ALONE
 from xopd_kernels import Backend
 
 TEXT, SPEECH = Modality.TEXT, Modality.SPEECH
@@ -56,7 +60,7 @@ def test_greedy_generation_is_the_argmax_of_full_passes(
     audio = [p.audio for p in picked] if modality is SPEECH else []
     rows = [p.ids(modality) for p in picked]
     assert len({len(row) for row in rows}) > 1  # so that the batch is padded
-    found = generate(student, rows, audio, max_new_tokens=6, temperature=0.0)
+    found = generate(student, picked, modality, max_new_tokens=6)
     for i, (row, response) in enumerate(zip(rows, found, strict=True)):
         ids = row
         for token in response:
@@ -69,70 +73,123 @@ def test_greedy_generation_is_the_argmax_of_full_passes(
 
 @pytest.mark.parametrize("modality", Modality)
 def test_scores_equal_the_logits_that_were_sampled_from(
-    student: SpeechLM,
-    prompts: list[Prompt],
-    modality: Modality,
-    monkeypatch: pytest.MonkeyPatch,
+    student: SpeechLM, prompts: list[Prompt], modality: Modality, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     temperature, at_generation = 0.7, []
     original = student.model.generate
 
     def recording(**arguments: object) -> Tensor:
-        output = original(**arguments, return_dict_in_generate=True, output_scores=True)
-        # [B, T, V] as sampled from: tempered, reserved ids at -inf.
-        at_generation.append(torch.stack(output.scores, dim=1))
+        output = original(**arguments, return_dict_in_generate=True, output_logits=True)
+        at_generation.append(torch.stack(output.logits, dim=1))  # [B, T, V], nothing applied yet
         sequences: Tensor = output.sequences
         return sequences
 
     monkeypatch.setattr(student.model, "generate", recording)
-    torch.manual_seed(0)
-    rows = sample_rollouts(
+    picked = [prompts[0], prompts[0], prompts[1], prompts[2]]
+    found = generate(
         student,
-        prompts[:3],
+        picked,
         modality,
-        rollouts_per_prompt=2,
         max_new_tokens=7,
         temperature=temperature,
-        batch_size=100,
+        seeds=range(4),
     )
-    scored = score(student, rows, temperature=temperature, micro_batch=4, backend=Backend.REFERENCE)
-    table = at_generation[0].float().log_softmax(-1)
-    for i, (row, logprob) in enumerate(zip(rows, scored, strict=True)):
+    rows = [Rollout(p, modality, y, is_finished=False) for p, y in zip(picked, found, strict=True)]
+    scored = score(
+        student, [rows[:3], rows[3:]], temperature=temperature, backend=Backend.REFERENCE
+    )
+    logits = at_generation[0].float()
+    logits[..., list(student.reserved_ids)] = -torch.inf
+    table = (logits / temperature).log_softmax(-1)
+    for i, (row, logprob) in enumerate(zip(rows, [*scored[0], *scored[1]], strict=True)):
         ids = torch.tensor(row.response_ids)
         expected = table[i, torch.arange(len(ids)), ids]
         torch.testing.assert_close(logprob, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_rollouts_are_in_prompt_order_and_repeat_with_the_seed(
+def test_samples_have_the_probabilities_of_the_softmax(
+    new_student: SpeechLM, prompts: list[Prompt]
+) -> None:
+    """Chi-square of 4000 first tokens over five ids, at a temperature that is not 1."""
+    temperature, kept = 0.7, torch.tensor([20, 21, 22, 23, 24])
+    head = nn.Linear(128, new_student.lm_head.weight.shape[0])
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(-1e4)
+        head.bias[kept] = torch.tensor([0.0, 0.5, 1.0, -1.0, 0.2])
+    new_student.model.set_output_embeddings(head)
+    expected = (head.bias[kept] / temperature).softmax(0) * 4000
+    found = generate(
+        new_student,
+        [prompts[0]] * 4000,
+        TEXT,
+        max_new_tokens=1,
+        temperature=temperature,
+        seeds=range(4000),
+    )
+    counts = torch.bincount(torch.tensor([y[0] for y in found]), minlength=25)[kept]
+    assert counts.sum() == 4000
+    chi_square = ((counts - expected) ** 2 / expected).sum().item()
+    assert chi_square < 18.5  # 4 degrees of freedom: exceeded once in a thousand
+
+
+def test_requests_are_in_prompt_order_with_a_seed_each() -> None:
+    def requests(step: int) -> list[tuple[int, Modality, int]]:
+        settings = {"rollouts_per_prompt": 2, "seed": 4}
+        return list(requests_of_step([7, 7, 3], [TEXT, SPEECH], step=step, **settings))
+
+    found = requests(5)
+    assert [(r[0], r[1]) for r in found] == [
+        (number, modality) for modality in (TEXT, SPEECH) for number in (7, 7, 7, 7, 3, 3)
+    ]
+    assert found == requests(5)
+    seeds = {seed for step in (5, 6) for _, _, seed in requests(step)}
+    assert len(seeds) == 24  # also for a prompt that a step takes twice
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def sampled(
+    student: SpeechLM, records: list[SpokenPrompt], *, batch_size: int, kept_clips: int = 99
+) -> list[Sampled]:
+    store = PromptStore(student, records, kept_clips=kept_clips)
+    config = RolloutConfig(max_new_tokens=5, batch_size=batch_size)
+    engine = GenerateEngine(student, store, config, ALONE)
+    engine.update(3)
+    requests = requests_of_step([0, 4, 2], [TEXT, SPEECH], rollouts_per_prompt=2, seed=4, step=0)
+    found = engine.sample(requests)
+    assert [s.request for s in found] == requests
+    return found
+
+
+def test_an_engine_answers_each_request_in_any_batch(
+    student: SpeechLM, records: list[SpokenPrompt], prompts: list[Prompt]
+) -> None:
+    found = sampled(student, records, batch_size=4)
+    assert len({s.response_ids for s in found}) > 1
+    for s in found:
+        assert s.is_finished == (s.response_ids[-1] == student.eos_id)
+        assert s.prompt_tokens == len(prompts[s.request.number].ids(s.modality))
+        assert (s.version, s.logprob) == (3, None)
+    # One clip in memory at a time, other batches: the same trajectories.
+    for batch_size in (1, 100):
+        assert sampled(student, records, batch_size=batch_size, kept_clips=1) == found
+
+
+def test_a_temperature_needs_a_seed_for_each_prompt(
     student: SpeechLM, prompts: list[Prompt]
 ) -> None:
-    def sample() -> list[Rollout]:
-        torch.manual_seed(4)
-        return sample_rollouts(
-            student,
-            prompts[:3],
-            SPEECH,
-            rollouts_per_prompt=2,
-            max_new_tokens=5,
-            temperature=1.0,
-            batch_size=4,
-        )
-
-    first, again = sample(), sample()
-    assert [row.prompt.id for row in first] == [p.id for p in prompts[:3] for _ in range(2)]
-    assert all(row.modality is SPEECH for row in first)
-    assert [r.response_ids for r in first] == [r.response_ids for r in again]
-    assert len({r.response_ids for r in first}) > 1
-    for row in first:
-        assert row.is_finished == (row.response_ids[-1] == student.eos_id)
+    with pytest.raises(ValueError, match="needs a seed a prompt, got 1 seeds"):
+        generate(student, prompts[:2], TEXT, max_new_tokens=1, temperature=1.0, seeds=[1])
 
 
 def test_reserved_ids_are_never_sampled(new_student: SpeechLM, prompts: list[Prompt]) -> None:
     certain = biased(new_student, new_student.audio_id)
-    rows = [prompts[0].text_ids] * 8
+    rows = [prompts[0]] * 8
     for temperature in (0.0, 1.0):
-        torch.manual_seed(0)
-        for row in generate(certain, rows, [], max_new_tokens=8, temperature=temperature):
+        found = generate(
+            certain, rows, TEXT, max_new_tokens=8, temperature=temperature, seeds=range(8)
+        )
+        for row in found:
             assert not set(row) & set(certain.reserved_ids)
 
 
@@ -140,19 +197,10 @@ def test_eos_ends_a_response_and_belongs_to_it(
     new_student: SpeechLM, prompts: list[Prompt]
 ) -> None:
     certain = biased(new_student, new_student.eos_id)
-    (row,) = sample_rollouts(
-        certain,
-        prompts[:1],
-        TEXT,
-        rollouts_per_prompt=1,
-        max_new_tokens=8,
-        temperature=1.0,
-        batch_size=1,
-    )
-    assert row.response_ids == (certain.eos_id,)
-    assert row.is_finished
+    settings = {"max_new_tokens": 8, "temperature": 1.0, "seeds": [1]}
+    assert generate(certain, prompts[:1], TEXT, **settings) == [(certain.eos_id,)]
     certain = biased(new_student, 20)
-    (response,) = generate(certain, [prompts[0].text_ids], [], max_new_tokens=3, temperature=0.0)
+    (response,) = generate(certain, prompts[:1], TEXT, max_new_tokens=3)
     assert response == (20, 20, 20)
 
 
@@ -160,20 +208,17 @@ def test_padding_does_not_change_a_generation(student: SpeechLM, prompts: list[P
     order = sorted(prompts, key=lambda p: len(p.speech_ids))
     short, long = order[0], order[-1]
     assert len(short.speech_ids) < len(long.speech_ids)
-    settings = {"max_new_tokens": 6, "temperature": 0.0}
-    (alone,) = generate(student, [short.speech_ids], [short.audio], **settings)
-    together, _ = generate(
-        student, [short.speech_ids, long.speech_ids], [short.audio, long.audio], **settings
-    )
+    (alone,) = generate(student, [short], SPEECH, max_new_tokens=6)
+    together, _ = generate(student, [short, long], SPEECH, max_new_tokens=6)
     assert together == alone
 
 
 def test_padding_and_order_do_not_change_a_score(student: SpeechLM, rollouts: MakeRollouts) -> None:
     rows = rollouts([TEXT, SPEECH, SPEECH, TEXT])[::-1]
     settings = {"temperature": 0.7, "backend": Backend.REFERENCE}
-    batch = score(student, rows, micro_batch=10, **settings)
+    (batch,) = score(student, [rows], **settings)
     for row, together in zip(rows, batch, strict=True):
-        (alone,) = score(student, [row], micro_batch=1, **settings)
+        ((alone,),) = score(student, [[row]], **settings)
         assert together.shape == (len(row.response_ids),)
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
 
@@ -183,8 +228,8 @@ def test_the_teacher_reads_the_text(
     teacher: TextLM, rollouts: MakeRollouts, modality: Modality
 ) -> None:
     rows = rollouts([modality] * 2)
-    settings = {"temperature": 1.3, "micro_batch": 2, "backend": Backend.REFERENCE}
-    for row, logprob in zip(rows, score(teacher, rows, **settings), strict=True):
+    (found,) = score(teacher, [rows], temperature=1.3, backend=Backend.REFERENCE)
+    for row, logprob in zip(rows, found, strict=True):
         prompt = row.prompt.text_ids
         logits = logits_of(teacher, prompt + row.response_ids, [])
         expected = own_logprob(logits, row, len(prompt), 1.3)
@@ -196,7 +241,7 @@ def test_scores_are_log_probabilities_of_the_head_with_its_bias(
 ) -> None:
     certain = biased(new_student, 20)
     row = replace(rollouts([TEXT])[0], response_ids=(20, 20))
-    (logprob,) = score(certain, [row], temperature=1.0, micro_batch=1, backend=Backend.REFERENCE)
+    ((logprob,),) = score(certain, [[row]], temperature=1.0, backend=Backend.REFERENCE)
     assert logprob.abs().max() < 1e-6
 
 
@@ -227,11 +272,15 @@ def test_a_batch_is_laid_out_where_the_model_is(
 def test_the_checkpoints_generation_config_does_not_change_sampling(
     new_student: SpeechLM, prompts: list[Prompt]
 ) -> None:
-    rows = [p.text_ids for p in prompts[:3]]
-
     def sample() -> list[tuple[int, ...]]:
-        torch.manual_seed(3)
-        return generate(new_student, rows, [], max_new_tokens=8, temperature=1.0)
+        return generate(
+            new_student,
+            prompts[:3],
+            TEXT,
+            max_new_tokens=8,
+            temperature=1.0,
+            seeds=[1, 2, 3],
+        )
 
     expected = sample()
     own = new_student.model.generation_config

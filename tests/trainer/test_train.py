@@ -8,6 +8,9 @@ import json
 import multiprocessing
 import random
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +25,14 @@ from xopd.guards import check_pair
 from xopd.metrics import read_jsonl
 from xopd.models import SpeechLM, TextLM, load_student
 from xopd.models.speech_lm import leaf_modules
-from xopd.rollout import sample_rollouts
+from xopd.rollout import Request, Sampled, generate
 from xopd.run import RunError, exclusive, save_speech_lm
-from xopd.train import TrainError, minibatches, train
+from xopd.step import minibatches
+from xopd.train import TrainError, train
 from xopd.types import Modality, Prompt, Rollout
 
 TEXT, SPEECH = Modality.TEXT, Modality.SPEECH
 MakeConfig = Callable[..., Config]
-MakeRollouts = Callable[[list[Modality]], list[Rollout]]
 TIMINGS = {"rollout_s", "teacher_s", "update_s", "tokens_per_s"}
 
 # Everything that a step can depend on: two minibatches, a baseline, Adam's moments, a schedule.
@@ -73,9 +76,9 @@ def test_a_run_writes_its_files(whole: Path) -> None:
         *("config.yaml", "metrics.jsonl", "samples.jsonl", "eval/before.json", "eval/after.json"),
         *("student/model.safetensors", "student/config.json", "student/tokenizer.json"),
         "student/preprocessor_config.json",
-        "checkpoints/step_000004/student.safetensors",
-        "checkpoints/step_000004/optimizer.safetensors",
+        "checkpoints/step_000004/shard-00001-model-00001-of-00001.safetensors",
         "checkpoints/step_000004/state.json",
+        "checkpoints/step_000004/manifest.json",
     }
     assert expected <= found
     assert not [name for name in found if "tmp" in name or name.endswith((".bin", ".pt"))]
@@ -191,8 +194,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         broken.lm_head.weight[7] = torch.nan
     for part in broken, teacher.tokenizer:
         part.save_pretrained(folder)
-    with pytest.raises(TrainError, match=r"loss nan .* not finite"):
-        train(make_config(tmp_path / "run", f"model.teacher={folder}"))
+    with pytest.raises(TrainError, match=r"loss nan .* not finite in 2 updates in a row"):
+        train(
+            make_config(tmp_path / "run", f"model.teacher={folder}", "train.max_skipped_updates=1")
+        )
+    (line,) = read_jsonl(tmp_path / "run" / "metrics.jsonl")[:1]
+    assert (line["loss"], line["skipped_updates"]) == (None, 1)
     assert not (tmp_path / "run" / "student").exists()
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
@@ -261,16 +268,18 @@ def test_training_lowers_the_exact_kl_to_the_teacher(
     save_speech_lm(new_student, tmp_path / "student")
     for part in sharp.model, sharp.tokenizer:
         part.save_pretrained(tmp_path / "teacher")
-    torch.manual_seed(11)
-    rows = sample_rollouts(
+    responses = generate(
         new_student,
         prompts[:12],
         TEXT,
-        rollouts_per_prompt=1,
         max_new_tokens=12,
         temperature=1.0,
-        batch_size=12,
+        seeds=range(12),
     )
+    rows = [
+        Rollout(prompt, TEXT, response, is_finished=False)
+        for prompt, response in zip(prompts, responses, strict=False)
+    ]
     config = make_config(
         tmp_path / "run",
         f"model.student={tmp_path / 'student'}",
@@ -288,8 +297,9 @@ def test_training_lowers_the_exact_kl_to_the_teacher(
     assert after < 0.5 * before
 
 
-def test_minibatches_hold_both_modalities(rollouts: MakeRollouts) -> None:
-    rows = rollouts([TEXT] * 5 + [SPEECH] * 4)
+def test_minibatches_hold_both_modalities() -> None:
+    modalities = [TEXT] * 5 + [SPEECH] * 4
+    rows = [Sampled(Request(i, m, i), 3, (1,), True) for i, m in enumerate(modalities)]
     parts = minibatches(rows, 2)
     assert sorted(map(id, rows)) == sorted(id(row) for part in parts for row in part)
     counts = [[sum(r.modality is m for r in part) for m in (TEXT, SPEECH)] for part in parts]
@@ -335,3 +345,29 @@ def test_memory_knobs_may_change_on_resume(make_config: MakeConfig, tmp_path: Pa
     run = train(make_config(tmp_path / "run"))
     (run / "eval" / "after.json").unlink()
     assert train(make_config(tmp_path / "run", "train.micro_batch=2")) == run
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(
+    whole: Path, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    """Told to end in its second step, with checkpoints only at the end: nothing is lost."""
+    run = tmp_path / "run"
+    file = tmp_path / "config.yaml"
+    rare = [o for o in STATEFUL if not o.startswith("train.checkpoint_every")]
+    file.write_text(dump_config(make_config(run, *rare)))
+    child = subprocess.Popen(
+        [sys.executable, "-m", "xopd", "train", str(file)], stderr=subprocess.PIPE, text=True
+    )
+    deadline_s = time.monotonic() + 60
+    while lines_of(run / "metrics.jsonl") < 1:
+        assert child.poll() is None and time.monotonic() < deadline_s
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 143
+    assert "stopped by SIGTERM after step" in said
+    assert "the same command resumes" in said
+    (saved,) = (run / "checkpoints").iterdir()
+    assert saved.name in ("step_000001", "step_000002", "step_000003")
+    assert main(["train", str(file)]) == 0
+    assert fingerprint(run) == fingerprint(whole)

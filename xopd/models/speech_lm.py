@@ -29,12 +29,12 @@ from transformers import (
 )
 
 from xopd.errors import UserError
+from xopd.sharding import Placement, compute_device, reshard
 
 AUDIO_LEAVES = ("audio_tower", "multi_modal_projector")
 VISION_LEAVES = ("visual", "vision_tower")
-
-
-CPU = torch.device("cpu")
+EXPERT_LEAVES = ("experts",)
+WHOLE = Placement()  # on the CPU
 
 
 class ModelError(UserError):
@@ -57,6 +57,10 @@ class TextLM:
     def eos_id(self) -> int:
         return _eos_id(self.model, self.tokenizer)
 
+    @property
+    def device(self) -> torch.device:
+        return compute_device(self.model)
+
     def embed(self, token_ids: Tensor) -> Tensor:  # [B, T] int64 -> [B, T, D]
         """Input embeddings of token ids."""
         embedded: Tensor = self.model.get_input_embeddings()(token_ids)
@@ -78,6 +82,10 @@ class SpeechLM:
         return _eos_id(self.model, self.tokenizer)
 
     @property
+    def device(self) -> torch.device:
+        return compute_device(self.model)
+
+    @property
     def lm_head(self) -> nn.Linear:
         head = self.model.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -87,6 +95,11 @@ class SpeechLM:
             )
         return head
 
+    @property
+    def is_mixture_of_experts(self) -> bool:
+        """Whether its language model routes tokens to experts."""
+        return bool(leaf_modules(self.model, EXPERT_LEAVES))
+
     def freeze_all_but_language_model(self) -> None:
         """Freeze the audio tower, its adapter and any vision tower; train the rest.
 
@@ -94,18 +107,23 @@ class SpeechLM:
         silently be trained.
         """
         self.model.requires_grad_(True)
-        towers = leaf_modules(self.model, AUDIO_LEAVES)
-        if not towers:
+        for module in (*self.towers(), *leaf_modules(self.model, VISION_LEAVES)):
+            module.requires_grad_(False)
+            module.eval()
+
+    def towers(self) -> list[nn.Module]:
+        """The audio tower and its adapter; ModelError if there is none."""
+        found = leaf_modules(self.model, AUDIO_LEAVES)
+        if not found:
             raise ModelError(
                 f"no audio tower in {type(self.model).__name__}: looked for modules named "
                 f"{', '.join(AUDIO_LEAVES)}. Add the family's name to AUDIO_LEAVES."
             )
-        for module in (*towers, *leaf_modules(self.model, VISION_LEAVES)):
-            module.requires_grad_(False)
-            module.eval()
+        return found
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """Parameters that training changes, by name."""
+        """Parameters that training changes, by name; shards where the model is sharded."""
+        reshard(self.model)
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def encode_audio(self, features: Sequence[np.ndarray]) -> list[Tensor]:
@@ -119,10 +137,9 @@ class SpeechLM:
         for row, clip in enumerate(features):
             padded[row, :, : clip.shape[1]] = torch.from_numpy(clip)
             mask[row, : clip.shape[1]] = 1
-        parameter = next(self.model.parameters())
-        output = self.model.get_audio_features(
-            padded.to(parameter.device, parameter.dtype), mask.to(parameter.device)
-        )
+        (tower, *_) = self.towers()
+        dtype = next(tower.parameters()).dtype
+        output = self.model.get_audio_features(padded.to(self.device, dtype), mask.to(self.device))
         embeddings = getattr(output, "last_hidden_state", output)
         lengths = [audio_token_count(clip.shape[1]) for clip in features]
         if embeddings.shape[0] != sum(lengths):
@@ -194,14 +211,14 @@ def _naming(path: str) -> Iterator[None]:
 def load_student(
     path: str,
     *,
-    device: torch.device = CPU,
+    placement: Placement = WHOLE,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> SpeechLM:
     """Load a speech LLM from a folder or a hub id: safetensors only, fp32 weights.
 
-    Today that is Qwen3-Omni's thinker. Raises ModelError for another architecture, and for a
-    folder or hub id that does not load.
+    Today that is Qwen3-Omni's thinker. Raises
+    ModelError for another architecture, and for a folder or hub id that does not load.
     """
     _check_folder(path)
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -214,10 +231,11 @@ def load_student(
         )
     with _naming(path):
         model = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, **options
-        ).to(device)
+            path, dtype=torch.float32, use_safetensors=True, **options, **placement.options()
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         extractor = WhisperFeatureExtractor.from_pretrained(path, revision=revision)
+    placement.put(model)
     return wrap_student(model, tokenizer, extractor)
 
 
@@ -245,7 +263,7 @@ def load_teacher(
     path: str,
     *,
     dtype: torch.dtype = torch.float32,
-    device: torch.device = CPU,
+    placement: Placement = WHOLE,
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> TextLM:
@@ -254,9 +272,10 @@ def load_teacher(
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with _naming(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, **options
+            path, dtype=dtype, use_safetensors=True, **options, **placement.options()
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
-    model.to(device).requires_grad_(False)
+    placement.put(model)
+    model.requires_grad_(False)
     model.eval()
     return TextLM(model=model, tokenizer=tokenizer)

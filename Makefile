@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard csrc/*/*.h csrc/*/*.cpp)  # built by the pip install of the package
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help setup demo test check lint type test-distributed test-reference test-interpret test-compile test-sanitize test-gpu \
-	smoke bench bench-cpu clean
+.PHONY: help setup demo test check lint type test-distributed test-faults test-reference \
+	test-interpret test-compile test-sanitize test-gpu smoke bench bench-cpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -39,13 +39,16 @@ demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 8 
 	$(BIN)/xopd demo
 
 test: $(VENV)/peers  ## the tests that need no GPU and no interpreter
-	$(BIN)/python -m pytest -m "not interpret and not compile and not distributed"
+	$(BIN)/python -m pytest -m "not interpret and not compile and not distributed and not faults"
 
 # More ranks than CI has cores take minutes more, so `make check` leaves them out.
 ONLY :=
 check: ONLY := not ranks4
 test-distributed: $(VENV)/dev  ## the trainer on 2 and 4 ranks (gloo) against one process
 	$(BIN)/python -m pytest -m distributed -k "$(ONLY)" tests/trainer/distributed
+
+test-faults: $(VENV)/dev  ## 100 kills during a save, 100 corrupted checkpoints; prints its figures
+	$(BIN)/python -m pytest -s -m faults tests/trainer
 
 test-reference: $(VENV)/peers  ## the tests of the operators on REFERENCE, where `test` has NATIVE
 	$(BIN)/python -m pytest --reference -m "not interpret and not compile and not gpu" \

@@ -68,6 +68,8 @@ def read_manifest(path: Path) -> Manifest:
         found = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         if found["format"] != _FORMAT or found["step"] != int(match[1]):
             raise CheckpointError(f"{path}: the manifest is of another step or format")
+        if found.pop("digest") != _digest(found):
+            raise CheckpointError(f"{path}: the manifest is not as it was written")
         files = {name: _entry(entry) for name, entry in found["files"].items()}
         tensors = {name: [str(spec[0]), list(spec[1])] for name, spec in found["tensors"].items()}
         present = {entry.name for entry in path.iterdir()} - {MANIFEST}
@@ -95,7 +97,8 @@ def write_manifest(manifest: Manifest) -> None:
         "files": dict(manifest.files),
         "tensors": dict(manifest.tensors),
     }
-    (manifest.path / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    text = json.dumps(content | {"digest": _digest(content)}, indent=1)
+    (manifest.path / MANIFEST).write_text(text, encoding="utf-8")
     fsync(manifest.path / MANIFEST)
     fsync(manifest.path)
 
@@ -153,6 +156,11 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of the rest of the manifest: it guards the files, and nothing else guards it."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

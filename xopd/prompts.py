@@ -30,7 +30,9 @@ def encode_prompts(
     """
     prompts: list[Prompt] = []
     student.model.eval()
-    with torch.no_grad(), gathered(student.model, student.towers()):
+    # Without autocast, whoever asks: log-mel features know no bf16, and a clip has one embedding.
+    plain = torch.autocast(student.device.type, enabled=False)
+    with torch.no_grad(), plain, gathered(student.model, student.towers()):
         for record in records:
             features = log_mel([decode_audio(record)], student.feature_extractor)
             (audio,) = student.encode_audio(features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -152,6 +153,12 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
+def replace_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "bit flip in weights": lambda p: flip(p / SHARD),
     "bit flip in state": lambda p: flip(p / "state.json"),
@@ -161,6 +168,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "manifest not JSON": lambda p: (p / "manifest.json").write_text("{"),
     "manifest a list": lambda p: (p / "manifest.json").write_text("[]"),
     "manifest empty": lambda p: (p / "manifest.json").write_text('{"format": 2, "step": 20}'),
+    "a dtype changed": lambda p: replace_text(p / "manifest.json", "float32", "float64"),
     "a shard more": lambda p: shutil.copy(p / SHARD, p / "shard-00002-model.safetensors"),
     "another step's folder": lambda p: p.rename(p.with_name("step_000021")),
 }
@@ -187,6 +195,9 @@ def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None
     entry = manifest["files"].pop(SHARD)
     (path / SHARD).rename(tmp_path / SHARD)
     manifest["files"][f"../{SHARD}"] = entry
+    del manifest["digest"]
+    content = json.dumps(manifest, sort_keys=True).encode()
+    manifest["digest"] = hashlib.sha256(content).hexdigest()  # not an accident
     (path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="missing"):
         verified(path, ALONE)

@@ -80,6 +80,14 @@ def test_a_store_encodes_what_is_asked_for_and_keeps_the_last(
     assert [p.id for p in store.load([0, 4, 5])] == [prompts[i].id for i in (0, 4, 5)]
 
 
+def test_autocast_around_does_not_change_a_clip(
+    student: SpeechLM, records: list[SpokenPrompt], prompts: list[Prompt]
+) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = encode_prompts(student, records[:1])
+    assert torch.equal(found.audio, prompts[0].audio)
+
+
 def test_every_epoch_takes_each_prompt_once_in_a_new_order() -> None:
     # 5 prompts, 2 a step: 5 steps are 2 epochs, and the third step holds a bit of both.
     steps = [numbers_of_step(5, step=s, count=2, seed=3) for s in range(5)]

@@ -223,3 +223,40 @@ def test_shards_are_shards(make_config: MakeConfig, launch: Launch, tmp_path: Pa
     assert sum(sizes) == total
     assert max(sizes) <= 0.51 * total
     assert all(torch.isfinite(p).all() for p in student.trainable().values())
+
+
+def test_bf16_on_ranks_trains(make_config: MakeConfig, launch: Launch, tmp_path: Path) -> None:
+    """Layers are gathered in bf16 (also the audio tower), master weights stay fp32 shards."""
+    overrides = (*BATCH, "train.steps=2", "model.dtype=bf16", "data.eval_limit=1")
+    config = make_config(tmp_path / "run", *overrides)
+    launch(2, [{"kind": "train", "config": written(tmp_path, config), "out": str(tmp_path / "s")}])
+    before = load_student(config.model.student)
+    after = load_student(str(tmp_path / "run" / "student"))
+    for lm in before, after:
+        lm.freeze_all_but_language_model()
+    trained = after.trainable()
+    for line in read_jsonl(tmp_path / "run" / "metrics.jsonl"):
+        assert line["skipped_updates"] == 0
+        assert line["grad_norm"] > 0
+    for name, parameter in before.model.named_parameters():
+        moved = not torch.equal(parameter, dict(after.model.named_parameters())[name])
+        # A row of lm_head or of the embedding that no token touched stays; no tensor does.
+        assert moved == (name in trained), name
+        assert dict(after.model.named_parameters())[name].dtype is torch.float32
+
+
+def test_a_rank_without_rows_makes_the_passes_of_the_others(
+    make_config: MakeConfig, launch: Launch, tmp_path: Path
+) -> None:
+    """One spoken trajectory for two ranks, and none in writing."""
+    overrides = (
+        *("rollout.prompts_per_step=1", "rollout.rollouts_per_prompt=1", "train.steps=1"),
+        *("data.eval_limit=1", "train.micro_batch=1", "loss.text_weight=0"),
+    )
+    losses = []
+    for ranks in (0, 2):
+        out = tmp_path / f"on_{ranks}"
+        config = written(out, make_config(out / "run", *overrides))
+        launch(ranks, [{"kind": "train", "config": config, "out": str(out / "sampled")}])
+        losses.append(read_jsonl(out / "run" / "metrics.jsonl")[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=RELATIVE_ERROR)

@@ -49,7 +49,7 @@ from xopd.manifest import (
     tensor_specs,
     write_manifest,
 )
-from xopd.world import World
+from xopd.ranks import World
 
 _log = logging.getLogger(__name__)
 # A run of one process is meant; DCP says so at each save, from a thread of its own.

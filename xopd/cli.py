@@ -170,9 +170,9 @@ def _add_train(commands: Parsers[argparse.ArgumentParser]) -> None:
 
     def run(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.overrides)
+        from xopd.ranks import is_first_process
         from xopd.report import write_report
         from xopd.train import train
-        from xopd.world import is_first_process
 
         directory = train(config)
         if is_first_process():

@@ -12,9 +12,9 @@ from xopd.data.world import PROBES, Probe, answer_of, is_correct
 from xopd.models import SpeechLM, TextLM
 from xopd.models.prompting import speech_prompt
 from xopd.prompts import encode_prompts
+from xopd.ranks import ALONE, World
 from xopd.rollout import generate
 from xopd.types import Modality, Prompt
-from xopd.world import ALONE, World
 
 BATCH_SIZE = 200
 

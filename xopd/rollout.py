@@ -20,9 +20,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from xopd.config import RolloutConfig
 from xopd.models import SpeechLM, TextLM
 from xopd.prompts import PromptStore
+from xopd.ranks import World
 from xopd.sharding import is_sharded
 from xopd.types import Modality, Prompt
-from xopd.world import World
 
 
 class Request(NamedTuple):

@@ -33,11 +33,11 @@ from xopd.loss import TokenStats
 from xopd.metrics import MetricsLog, TrainProgress, read_jsonl
 from xopd.models import SpeechLM, TextLM, load_student, load_teacher
 from xopd.prompts import PromptStore
+from xopd.ranks import ALONE, World
 from xopd.rollout import Engine, GenerateEngine
 from xopd.sharding import placement, settle
 from xopd.trackers import check_trackers, open_trackers
 from xopd.types import Modality
-from xopd.world import ALONE, World
 from xopd_kernels import Backend
 
 _log = logging.getLogger(__name__)

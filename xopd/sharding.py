@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from xopd.ranks import CPU, World
 from xopd.sections import Dtype, ShardingConfig
-from xopd.world import CPU, World
 
 
 @dataclass(frozen=True, slots=True)

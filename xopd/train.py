@@ -32,10 +32,10 @@ from xopd.optimizer import (
     set_updates_made,
     updates_made,
 )
+from xopd.ranks import World, joined
 from xopd.run import AFTER, Run, check_folder, exclusive, prepare, record_samples
 from xopd.step import StepResult, Update, run_step
 from xopd.types import Modality
-from xopd.world import World, joined
 
 _log = logging.getLogger(__name__)
 

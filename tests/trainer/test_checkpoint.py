@@ -24,8 +24,8 @@ from torch import Tensor
 from xopd.checkpoint import Checkpoints, load_checkpoint, verified
 from xopd.manifest import CheckpointError
 from xopd.optimizer import build_optimizer, moments, set_updates_made, updates_made
+from xopd.ranks import ALONE
 from xopd.sections import OptimConfig
-from xopd.world import ALONE
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
@@ -328,7 +328,7 @@ import os, sys
 from pathlib import Path
 import torch
 from xopd.checkpoint import Checkpoints
-from xopd.world import ALONE
+from xopd.ranks import ALONE
 
 def save_for_ever(step):
     checkpoints = Checkpoints(Path(sys.argv[1]), ALONE, keep=2)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xopd.checkpoint import Checkpoints, load_checkpoint
 from xopd.manifest import MANIFEST, STATE
-from xopd.world import ALONE
+from xopd.ranks import ALONE
 
 pytestmark = pytest.mark.faults
 
@@ -37,7 +37,7 @@ import os, sys
 from pathlib import Path
 import torch
 from xopd.checkpoint import Checkpoints
-from xopd.world import ALONE
+from xopd.ranks import ALONE
 
 def save_for_ever(step):
     checkpoints = Checkpoints(Path(sys.argv[1]), ALONE, keep=2)

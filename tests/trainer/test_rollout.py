@@ -15,10 +15,10 @@ from xopd.data.corpus import SpokenPrompt
 from xopd.models import SpeechLM, TextLM
 from xopd.models.demo import build_teacher
 from xopd.prompts import PromptStore
+from xopd.ranks import ALONE
 from xopd.rollout import GenerateEngine, Sampled, generate, requests_of_step
 from xopd.scoring import IGNORE, layout, score
 from xopd.types import Modality, Prompt, Rollout
-from xopd.world import ALONE
 from xopd_kernels import Backend
 
 TEXT, SPEECH = Modality.TEXT, Modality.SPEECH

@@ -14,11 +14,11 @@ from xopd.advantage import Baseline
 from xopd.config import Config
 from xopd.errors import UserError
 from xopd.optimizer import build_optimizer
+from xopd.ranks import ALONE
 from xopd.rollout import Request, Sampled
 from xopd.run import Run, prepare
 from xopd.step import StepResult, importance, run_step
 from xopd.types import Modality, Prompt, Rollout
-from xopd.world import ALONE
 
 MakeConfig = Callable[..., Config]
 

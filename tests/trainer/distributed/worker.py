@@ -18,12 +18,12 @@ from xopd import run as run_module
 from xopd.advantage import Baseline
 from xopd.config import Config, load_config
 from xopd.optimizer import build_optimizer, learning_rate
+from xopd.ranks import is_first_process, joined
 from xopd.rollout import GenerateEngine, Request, Sampled
 from xopd.run import prepare
 from xopd.sharding import whole
 from xopd.step import run_step
 from xopd.train import train
-from xopd.world import is_first_process, joined
 
 
 class Job(TypedDict):

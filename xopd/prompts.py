@@ -36,7 +36,8 @@ def encode_prompts(
         for record in records:
             features = log_mel([decode_audio(record)], student.feature_extractor)
             (audio,) = student.encode_audio(features)
-            prompts.append(_prompt(student, record, audio.float(), question))
+            # Host memory: thousands of clips would take gigabytes of a GPU.
+            prompts.append(_prompt(student, record, audio.float().cpu(), question))
             on_progress(len(prompts))
     return prompts
 
@@ -57,8 +58,8 @@ def _prompt(student: SpeechLM, record: SpokenPrompt, audio: torch.Tensor, questi
 class PromptStore:
     """The prompts of a split by number: clips are encoded when they are first asked for.
 
-    The embeddings of the clips that were used last are kept, `kept_clips` of them. One clip of ten
-    seconds is 130 embeddings: about 1 MB where D is 2048.
+    The embeddings of the clips that were used last are kept in host memory, `kept_clips` of them.
+    One clip of ten seconds is 130 embeddings: about 1 MB where D is 2048.
     """
 
     def __init__(

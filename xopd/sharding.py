@@ -1,8 +1,9 @@
 """FSDP2 as transformers applies it while it loads, and what a sharded model needs around it.
 
 Each rank reads its own shard of each weight, so no rank ever holds a whole copy, whatever the
-family: dense or mixture of experts. transformers wraps decoder layers, embedding and lm_head; what
-is left over, the audio tower too, belongs to the root.
+family: dense or mixture of experts. transformers' plan of a family says which modules are gathered
+on their own: layers and the embedding; what it does not name, of an Omni thinker the lm_head and
+most of the towers, belongs to the root and stays gathered for the whole pass.
 """
 
 from __future__ import annotations

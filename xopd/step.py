@@ -244,7 +244,6 @@ def _update(
     stats: list[TokenStats] = []
     total = 0.0
     run.student.model.train()
-    optimizer.zero_grad(set_to_none=True)
     for rows in share.passes:
         with run.autocast():
             loss, found = policy_loss(
@@ -266,6 +265,7 @@ def _update(
     update = Update(world.total([total])[0], float(whole(norm)))
     if update.is_finite:
         optimizer.step()
+    optimizer.zero_grad(set_to_none=True)  # now: rollouts and scoring need the memory
     return stats, update
 
 

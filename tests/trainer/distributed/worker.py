@@ -13,6 +13,7 @@ from typing import ClassVar, TypedDict
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from xopd import run as run_module
 from xopd.advantage import Baseline
@@ -46,21 +47,27 @@ class Recording(GenerateEngine):
 
 
 def trace(config: Config, out: Path) -> None:
-    """Gradients (clipped, as the optimizer sees them), parameters and loss of each step."""
+    """Gradients (as the optimizer sees them), parameters and loss of each step."""
     with joined(600) as world:
         run = prepare(config, world)
         trained = run.student.trainable()
         optimizer = build_optimizer(trained.values(), config.optim)
+        gradients: dict[str, Tensor] = {}
+
+        def keep(optimizer: torch.optim.Optimizer, args: object, options: object) -> None:
+            for name, parameter in trained.items():
+                if parameter.grad is not None:
+                    gradients[f"gradient.{name}"] = whole(parameter.grad).clone()
+
+        optimizer.register_step_pre_hook(keep)
         for step in range(config.train.steps):
             rate = learning_rate(step, config.train.steps, config.optim)
             result = run_step(run, optimizer, Baseline(), step=step, rate=rate, check=lambda: None)
             tensors = {"loss": torch.tensor(result.record["loss"], dtype=torch.float64)}
             for name, parameter in trained.items():
                 tensors[f"parameter.{name}"] = whole(parameter.detach()).clone()
-                if parameter.grad is not None:
-                    tensors[f"gradient.{name}"] = whole(parameter.grad).clone()
             if world.is_first:
-                save_file(tensors, out / f"step_{step}.safetensors")
+                save_file(tensors | gradients, out / f"step_{step}.safetensors")
         world.barrier()
 
 

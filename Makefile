@@ -41,9 +41,9 @@ demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 8 
 test: $(VENV)/peers  ## the tests that need no GPU and no interpreter
 	$(BIN)/python -m pytest -m "not interpret and not compile and not distributed and not faults"
 
-# More ranks than CI has cores take minutes more, so `make check` leaves them out.
+# More ranks than CI has cores, and ten resumed runs, take minutes: `make check` leaves them out.
 ONLY :=
-check: ONLY := not ranks4
+check: ONLY := not ranks4 and not every_cut
 test-distributed: $(VENV)/dev  ## the trainer on 2 and 4 ranks (gloo) against one process
 	$(BIN)/python -m pytest -m distributed -k "$(ONLY)" tests/trainer/distributed
 
@@ -99,7 +99,8 @@ bench-cpu: $(VENV)/peers  ## the tables of this CPU, hours, goes on where it end
 	$(BIN)/xopd bench --device cpu --output runs/bench_cpu.jsonl
 	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-autosave
 
-check: lint type test test-distributed test-reference test-interpret test-compile test-sanitize smoke  ## what CI runs
+# The longest lanes first, so that two at a time end together.
+check: test test-interpret test-distributed test-reference smoke test-compile test-sanitize lint type  ## what CI runs
 
 clean:  ## remove the environment and caches; runs/ stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build \

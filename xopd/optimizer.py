@@ -43,18 +43,23 @@ def moments(
     return found
 
 
-def updates_made(optimizer: torch.optim.AdamW) -> int:
-    """Updates behind the moments; all parameters are updated together or not at all."""
-    counts = {int(state["step"]) for state in optimizer.state.values()}
-    if len(counts) > 1:
-        raise ValueError(f"parameters have seen {sorted(counts)} updates; expected one number")
-    return counts.pop() if counts else 0
+def updates_made(
+    optimizer: torch.optim.AdamW, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, int]:
+    """Updates behind the moments of each parameter; fewer for one that had no gradient at times."""
+    states = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
+    return {name: int(state["step"]) if state else 0 for name, state in states.items()}
 
 
-def set_updates_made(optimizer: torch.optim.AdamW, count: int) -> None:
+def set_updates_made(
+    optimizer: torch.optim.AdamW,
+    parameters: Mapping[str, nn.Parameter],
+    counts: Mapping[str, int],
+) -> None:
     """Continue after that many updates, with the moments as they are."""
-    for state in optimizer.state.values():
-        state["step"] = torch.tensor(float(count), dtype=torch.float32)
+    for name, parameter in parameters.items():
+        step = torch.tensor(float(counts[name]), dtype=torch.float32)
+        optimizer.state[parameter]["step"] = step
 
 
 def learning_rate(step: int, steps: int, config: OptimConfig) -> float:

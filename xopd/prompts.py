@@ -71,10 +71,6 @@ class PromptStore:
     def __len__(self) -> int:
         return len(self._records)
 
-    def record(self, number: int) -> SpokenPrompt:
-        """The row of the corpus."""
-        return self._records[number]
-
     def load(self, numbers: Sequence[int]) -> list[Prompt]:
         """The prompts with their audio. All ranks call this together, each for its own numbers."""
         wanted = dict.fromkeys(numbers)

@@ -194,7 +194,7 @@ def _save(run: Run, state: LoopState, checkpoints: Checkpoints) -> None:
         _tensors(run, state),
         {
             "step": state.step,
-            "updates": updates_made(state.optimizer),
+            "updates": updates_made(state.optimizer, run.student.trainable()),
             "skipped_in_a_row": state.skipped_in_a_row,
             "baseline": asdict(state.baseline),
         },
@@ -208,7 +208,7 @@ def _resume(run: Run, checkpoints: Checkpoints) -> LoopState:
     if found is None:
         return state
     saved = load_checkpoint(found, _tensors(run, state), run.world)
-    set_updates_made(state.optimizer, saved["updates"])
+    set_updates_made(state.optimizer, run.student.trainable(), saved["updates"])
     state.step = saved["step"]
     state.skipped_in_a_row = saved["skipped_in_a_row"]
     state.baseline = Baseline(**saved["baseline"])

@@ -1,6 +1,6 @@
-"""100 kills at random moments of a save, and 100 random corruptions; prints what happened.
+"""Kills at random moments of a save, and random corruptions; prints what happened.
 
-A lane of its own (`make test-faults`): the quick tests of checkpoints are in test_checkpoint.py.
+A dozen of each with the other tests, a hundred in a lane of their own (`make test-faults`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from xopd.checkpoint import Checkpoints, load_checkpoint
 from xopd.manifest import MANIFEST, STATE
 from xopd.ranks import ALONE
 
-pytestmark = pytest.mark.faults
-
-KILLS = CORRUPTIONS = 100
+COUNTS = pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.faults)])
 SIZE = 200_000  # elements of each of two tensors: a save takes some milliseconds
 
 # Imports torch once, then forks a fresh victim for each start step that it reads. A victim resumes
@@ -70,14 +68,15 @@ def load_newest(directory: Path) -> tuple[int, dict[str, Tensor]] | None:
     return int(state["step"]), tensors
 
 
-def test_kills_at_random_moments_of_a_save(tmp_path: Path) -> None:
+@COUNTS
+def test_kills_at_random_moments_of_a_save(tmp_path: Path, count: int) -> None:
     rng = random.Random(0)
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
     launcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert launcher.stdin is not None and launcher.stdout is not None
     start, moments = 0, Counter[str]()
     save_s = 0.05
-    for _ in range(KILLS):
+    for _ in range(count):
         print(start, file=launcher.stdin, flush=True)
         victim = int(launcher.stdout.readline().removeprefix("victim "))
         begin_s = time.monotonic()
@@ -97,8 +96,8 @@ def test_kills_at_random_moments_of_a_save(tmp_path: Path) -> None:
             assert torch.equal(tensor, torch.full((SIZE,), float(step)))
         start = step
     launcher.communicate()
-    print(f"\n{KILLS} kills, no acknowledged checkpoint lost; the folder showed {dict(moments)}")
-    assert moments.total() - moments["nothing under way"] >= KILLS // 4
+    print(f"\n{count} kills, no acknowledged checkpoint lost; the folder showed {dict(moments)}")
+    assert moments.total() - moments["nothing under way"] >= count // 4
 
 
 def where(names: list[str]) -> str:
@@ -149,7 +148,10 @@ DAMAGE: list[Callable[[Path, random.Random], None]] = [
 ]
 
 
-def test_no_corruption_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@COUNTS
+def test_no_corruption_is_loaded(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, count: int
+) -> None:
     rng = random.Random(1)
     checkpoints = Checkpoints(tmp_path / "sound", ALONE, keep=9)
     for step in (10, 20):
@@ -158,7 +160,7 @@ def test_no_corruption_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         checkpoints.finish()
     checkpoints.close()
     done = Counter[str]()
-    for number in range(CORRUPTIONS):
+    for number in range(count):
         folder = tmp_path / f"damaged_{number}"
         shutil.copytree(tmp_path / "sound", folder)
         newest = folder / "step_000020"
@@ -179,4 +181,4 @@ def test_no_corruption_is_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixtur
         done[name] += 1
         shutil.rmtree(folder)
     print(f"\n{done.total()} corruptions, none loaded: {dict(sorted(done.items()))}")
-    assert done.total() == CORRUPTIONS
+    assert done.total() == count

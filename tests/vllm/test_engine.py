@@ -1,0 +1,213 @@
+"""The engine over a backend of transformers: what it sends, checks and refuses, without vLLM.
+
+The backend loads the folder that vLLM would load, so these tests also say that the folder is the
+student's language model, and that embeddings and plain positions are all that audio needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.vllm.models import Store, demo_student, disturb, rollout_config, scorer
+from xopd.models import SpeechLM
+from xopd.prompts import PromptStore
+from xopd.rollout import Request
+from xopd.types import Modality
+from xopd.vllm.answers import Generated, checked
+from xopd.vllm.engine import Call, Sampling, VllmEngine
+from xopd.vllm.folder import write_folder, write_weights
+from xopd.vllm.options import EngineOptions, VllmError
+from xopd.vllm.sync import Fingerprint, LanguageModel, check_fingerprint
+from xopd.vllm.worker import Fingerprints, bit_sum
+from xopd.world import World
+
+REQUESTS = [
+    Request(number, modality, 100 + i)
+    for i, (number, modality) in enumerate(
+        (n, m) for m in Modality for n in (0, 1, 2) for _ in range(2)
+    )
+]
+
+
+class FolderBackend:
+    """The language model that was written for vLLM, run by transformers token by token."""
+
+    def __init__(self, student: SpeechLM, folder: Path) -> None:
+        self.folder, self.model, self.label = folder, cast(Any, None), ""
+        self.loads = True  # False: it takes no notice of new weights
+        self.bias = 0.0  # of the log-probs that it reports
+        write_folder(student, folder, "float32")
+
+    def load(self, weights: LanguageModel, version: int) -> None:
+        if self.loads:
+            write_weights(weights, self.folder)
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        self.label = str(version)
+
+    def check(self, expected: dict[str, Fingerprint], version: int) -> None:
+        assert self.label == str(version)
+        worker = Fingerprints()
+        worker.model_runner = self
+        found = worker.xopd_fingerprint('["' + '", "'.join(expected) + '"]')
+        check_fingerprint(expected, [found])
+
+    def get_model(self) -> Any:
+        return self.model
+
+    @torch.no_grad()
+    def generate(self, calls: Sequence[Call], sampling: Sampling) -> list[Generated]:
+        return [self._one(call, sampling) for call in calls]
+
+    def _one(self, call: Call, sampling: Sampling) -> Generated:
+        generator = torch.Generator().manual_seed(call.seed)
+        embed = self.model.get_input_embeddings()
+        given = call.embeds
+        rows = embed(torch.tensor(call.prompt_ids)) if given is None else given
+        ids: list[int] = []
+        logprob: list[float] = []
+        while len(ids) < sampling.max_tokens and sampling.eos_id not in ids:
+            logits = self.model(inputs_embeds=rows[None]).logits[0, -1] / sampling.temperature
+            logits[list(sampling.reserved)] = -torch.inf
+            scores = logits.log_softmax(-1)
+            token = int(torch.multinomial(scores.exp(), 1, generator=generator))
+            ids.append(token)
+            logprob.append(float(scores[token]) + self.bias)
+            rows = torch.cat([rows, embed(torch.tensor([token]))])
+        reason = "stop" if ids[-1] == sampling.eos_id else "length"
+        return checked(sampling.wanted(call), ids, logprob, reason)
+
+    def rest(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def student(repository: Path) -> SpeechLM:
+    return demo_student(repository)
+
+
+MakeEngine = Callable[..., tuple[VllmEngine, FolderBackend]]
+
+
+@pytest.fixture
+def make(student: SpeechLM, tmp_path: Path) -> MakeEngine:
+    def engine(temperature: float = 1.0) -> tuple[VllmEngine, FolderBackend]:
+        backend = FolderBackend(student, tmp_path / "engine")
+        made = VllmEngine(
+            student,
+            cast(PromptStore, Store(student)),
+            rollout_config(temperature),
+            World(),
+            options=EngineOptions(probe_tolerance=1e-3),
+            backend=backend,
+            score=scorer(student, temperature),
+        )
+        return made, backend
+
+    return engine
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_folder_is_the_students_language_model(
+    make: MakeEngine, student: SpeechLM, temperature: float
+) -> None:
+    engine, _ = make(temperature)
+    before = None
+    for version in range(3):
+        engine.update(version)
+        assert engine.mismatch < 2e-5
+        found = engine.sample(REQUESTS)
+        assert [one.request for one in found] == REQUESTS
+        assert {one.version for one in found} == {version}
+        responses = [one.response_ids for one in found]
+        assert responses == [one.response_ids for one in engine.sample(REQUESTS)]
+        assert responses != before
+        before = responses
+        disturb(student, version)
+
+
+def test_weights_that_never_arrive_are_noticed(make: MakeEngine, student: SpeechLM) -> None:
+    engine, backend = make()
+    engine.update(0)
+    backend.loads = False
+    disturb(student, 1, 1e-5)  # far too little to show in the log-probs
+    with pytest.raises(VllmError, match="not what was sent"):
+        engine.update(1)
+    with pytest.raises(VllmError, match="call update"):
+        engine.sample(REQUESTS)
+
+
+@pytest.mark.parametrize("bias", [-0.01, float("nan")])
+def test_log_probs_that_differ_are_noticed(make: MakeEngine, bias: float) -> None:
+    engine, backend = make()
+    backend.bias = bias
+    with pytest.raises(VllmError):
+        engine.update(0)
+
+
+def test_no_sample_before_the_first_update(make: MakeEngine) -> None:
+    engine, _ = make()
+    with pytest.raises(VllmError, match="call update"):
+        engine.sample(REQUESTS)
+
+
+def test_what_is_sent_is_what_a_checkpoint_holds(student: SpeechLM, repository: Path) -> None:
+    from safetensors.torch import load_file
+
+    saved = load_file(repository / "xopd/assets/demo/student/model.safetensors")
+    sent = dict(LanguageModel(student, torch.float32))
+    towers = {name for name in saved if name.startswith(("audio_tower.", "visual."))}
+    assert set(sent) == set(saved) - towers
+    for name, tensor in sent.items():
+        assert torch.equal(tensor, saved[name]), name
+    infos = LanguageModel(student, torch.bfloat16).infos()
+    assert [info.name for info in infos] == list(sent)
+    assert [info.shape for info in infos] == [tuple(tensor.shape) for tensor in sent.values()]
+    assert {info.dtype for info in infos} == {torch.bfloat16}
+
+
+def test_a_bit_sum_depends_on_no_order_and_no_padding() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensor = torch.randn(7, 5).to(dtype)
+        padded = torch.cat([tensor.flip(0), torch.zeros(3, 5, dtype=dtype)])
+        assert bit_sum(padded) == bit_sum(tensor) == bit_sum(tensor[:3]) + bit_sum(tensor[3:])
+        tensor[0, 0] += 1
+        assert bit_sum(padded) != bit_sum(tensor)
+
+
+def test_fingerprints_of_shards_add_up() -> None:
+    tensor = torch.randn(8, 4)
+    expected = {"lm_head.weight": Fingerprint(32, bit_sum(tensor))}
+    shards = [tensor[:5], torch.cat([tensor[5:], torch.zeros(2, 4)])]  # the last one is padded
+    workers = [{"lm_head.weight": [str(s.numel()), str(bit_sum(s))]} for s in shards]
+    check_fingerprint(expected, workers)
+    whole = {"lm_head.weight": ["32", str(bit_sum(tensor))]}
+    check_fingerprint(expected, [whole, whole])
+    with pytest.raises(VllmError, match="not what was sent"):
+        check_fingerprint(expected, [*workers, workers[0]])
+    with pytest.raises(VllmError, match="not what was sent"):
+        check_fingerprint(expected, [whole, {"lm_head.weight": ["32", "1"]}])
+    with pytest.raises(VllmError, match="no parameter"):
+        check_fingerprint(expected, [{}])
+
+
+@pytest.mark.parametrize("temperature", [0.001, 2.5])
+def test_a_temperature_that_vllm_does_not_take(student: SpeechLM, temperature: float) -> None:
+    with pytest.raises(VllmError, match=r"rollout\.temperature"):
+        VllmEngine(
+            student,
+            cast(PromptStore, Store(student)),
+            rollout_config(temperature),
+            World(),
+            options=EngineOptions(),
+            backend=cast(Any, object()),
+            score=scorer(student, temperature),
+        )

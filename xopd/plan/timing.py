@@ -1,0 +1,239 @@
+"""Time of a step, stage by stage: FLOPs, bytes and messages over the cluster's rates.
+
+Within a stage the slowest of arithmetic and traffic counts, as if they overlapped in full; stages
+follow one another. Padding, launches, latencies and waiting for the slowest rank are left out, so
+a stage takes at least this at the shares that the cluster assumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xopd.plan.job import Job, RolloutPlace, TeacherPlace
+from xopd.plan.losses import LOSS_GEMMS, SCORING_GEMMS, Head, HeadGemms
+from xopd.plan.memory import BF16, FP32, Line, same
+from xopd.plan.shape import ModelShape
+
+ADAM_BYTES = 7 * FP32  # read weight, gradient, two moments; write weight, two moments
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one step."""
+
+    stages: tuple[Line, ...]
+    background: tuple[Line, ...]  # beside the next steps
+
+    def step_s(self, head: Head) -> float:
+        """Sum of the stages."""
+        return sum(stage.of(head) for stage in self.stages)
+
+
+def step_time(job: Job) -> StepTime:
+    """The plan of one step; see the formula of each line."""
+    stages = [_rollout(job), _teacher(job)]
+    if job.recomputes_old:
+        stages.append(_old(job))
+    stages += [_update(job), _adam(job), _sync(job)]
+    return StepTime(tuple(stages), _checkpoint(job))
+
+
+def layer_flops(shape: ModelShape, width_tokens: float) -> float:
+    """FLOPs a token of a forward pass through the decoder.
+
+    2 A + 2 L H h T: A active parameters; scores and values of T/2 earlier tokens on average.
+    """
+    attention = 2.0 * shape.layers * shape.heads * shape.head_dim * width_tokens
+    return 2.0 * shape.active_decoder_parameters + attention
+
+
+def _head_s(job: Job, shape: ModelShape, gemms: HeadGemms, total_tokens: float) -> float:
+    """Seconds of the products with lm_head, spread over the ranks."""
+    tokens = total_tokens if gemms.counts_prompts else job.response_total_tokens
+    unit = 2.0 * tokens * shape.vocabulary * shape.hidden / job.cluster.ranks
+    cluster = job.cluster
+    return gemms.bf16 * unit / cluster.bf16_flops + gemms.fp32 * unit / cluster.fp32_flops
+
+
+def _gather_pass_s(job: Job, shape: ModelShape, shard_size: int) -> float:
+    """Seconds of gathering a whole model once in bf16, unit by unit.
+
+    Offloaded, its shards come from the host first, `shard_size` bytes an element.
+    """
+    seconds = job.cluster.gather_s(BF16 * float(shape.trained_parameters))
+    if not job.offloads:
+        return seconds
+    return max(seconds, shard_size * shape.trained_parameters / job.cluster.ranks / _host_rate(job))
+
+
+def _host_rate(job: Job) -> float:
+    return job.cluster.gpu.host_bytes_per_s * job.cluster.link_share
+
+
+def _rollout(job: Job) -> Line:
+    if job.rollout_place is RolloutPlace.GENERATE:
+        return _generate(job)
+    cluster, shape, gpus = job.cluster, job.student, job.engine_gpus
+    rows = min(job.engine_rows, job.replica_rows)
+    prompt = (job.speech_prompt_tokens + job.text_prompt_tokens) / 2
+    prefill_tokens = job.prompts_per_step * (job.speech_prompt_tokens + job.text_prompt_tokens)
+    prefill = prefill_tokens * layer_flops(shape, prompt) / job.sampling_gpus / cluster.bf16_flops
+    step_s = _decode_s(job, rows, prompt, gpus)
+    steps = max(job.replica_rows * job.mean_response_tokens / rows, float(job.response_tokens))
+    return same(
+        "rollouts",
+        prefill + steps * step_s,
+        "prefill of each prompt once + steps * max(bytes / memory, FLOPs / compute) of g GPUs; "
+        "steps = max(replica rows * mean response / rows at a time, longest response); bytes = 2 "
+        "(weights that rows at a time touch) + rows (prompt + mean response / 2) 2 (2 L K h)",
+    )
+
+
+def _decode_s(job: Job, rows: int, prompt_tokens: float, gpus: int) -> float:
+    """Seconds in which a replica samples one token for each of its rows."""
+    cluster, shape = job.cluster, job.student
+    context = prompt_tokens + job.mean_response_tokens / 2
+    touched = BF16 * shape.touched_parameters(rows)
+    cache = rows * context * BF16 * shape.cache_elements_per_token
+    flops = rows * (layer_flops(shape, 2 * context) + 2.0 * shape.head_parameters)
+    return max(
+        (touched + cache) / cluster.memory_bytes_per_s / gpus, flops / cluster.bf16_flops / gpus
+    )
+
+
+def _generate(job: Job) -> Line:
+    """Every rank takes batches in turn; for each token of one it gathers the whole student."""
+    prompt = (job.speech_prompt_tokens + job.text_prompt_tokens) / 2
+    rows = min(job.generate_rows, job.rows)
+    batches = -(-job.rows // rows)
+    rounds = -(-batches // job.cluster.ranks)
+    gather = _gather_pass_s(job, job.student, FP32)
+    decode = max(_decode_s(job, rows, prompt, gpus=1), gather)
+    tokens = rows * prompt
+    flops = tokens * (layer_flops(job.student, prompt) + 2.0 * job.student.head_parameters)
+    prefill = max(flops / job.cluster.bf16_flops, gather)
+    return same(
+        "rollouts",
+        rounds * (prefill + job.response_tokens * decode),
+        "ceil(batches / n) * (prefill + longest response * max(decode of a batch on one GPU, "
+        "gathering 2 P)); no prompt is shared",
+    )
+
+
+def _teacher(job: Job) -> Line:
+    shape = job.teacher
+    if job.teacher_place is TeacherPlace.SERVER:
+        # The 2 G trajectories of a prompt share its prefix in the server's cache.
+        tokens = job.prompts_per_step * job.text_prompt_tokens + job.response_total_tokens
+        flops = tokens * layer_flops(shape, job.teacher_total_tokens / job.rows)
+        flops += job.response_total_tokens * 2.0 * shape.head_parameters
+        return same(
+            "teacher's log-probs",
+            flops / job.server_gpus / job.cluster.bf16_flops,
+            "forward FLOPs of each text prompt once and every response / the server's GPUs",
+        )
+    gather_s = _gather_pass_s(job, shape, BF16)
+    return Line(
+        "teacher's log-probs",
+        _scoring_values(job, shape, job.teacher_total_tokens, gather_s),
+        _SCORING,
+    )
+
+
+def _old(job: Job) -> Line:
+    shape = job.student
+    gather_s = _gather_pass_s(job, shape, FP32)
+    return Line(
+        "old log-probs",
+        _scoring_values(job, shape, job.student_total_tokens, gather_s),
+        _SCORING,
+    )
+
+
+_SCORING = (
+    "max(tokens (2 A + 2 L H h T) / n / compute + lm_head, passes * gathering 2 P); lm_head: 1 U = "
+    "2 V D a token, naive of prompts and responses, the others of responses"
+)
+
+
+def _scoring_values(
+    job: Job, shape: ModelShape, total_tokens: float, gather_s: float
+) -> tuple[float, ...]:
+    """Seconds by column of a forward pass over all rows, gathered once a pass."""
+    cluster, flops = job.cluster, layer_flops(shape, total_tokens / job.rows)
+    layers = total_tokens * flops / cluster.ranks / cluster.bf16_flops
+    return tuple(
+        max(layers + _head_s(job, shape, SCORING_GEMMS[head], total_tokens), job.passes * gather_s)
+        for head in Head
+    )
+
+
+def _update(job: Job) -> Line:
+    shape, cluster, tokens = job.student, job.cluster, job.student_total_tokens
+    forward = tokens * layer_flops(shape, tokens / job.rows) / cluster.ranks / cluster.bf16_flops
+    layers = forward * (4 if job.checkpoints_activations else 3)
+    traffic = job.passes * _pass_traffic_s(job)
+    return Line(
+        "update: forward and backward passes",
+        tuple(
+            max(layers + _head_s(job, shape, LOSS_GEMMS[head], tokens), traffic) for head in Head
+        ),
+        "max(3 forward passes (4 with checkpointing) + lm_head, passes * (gathering 2 P twice, of "
+        "the root once, + reducing 4 P)); lm_head: naive 3 U of prompts and responses, Liger 2 U "
+        "in bf16 and 2 U in fp32 without tensor cores (torch's default for fp32) of responses, "
+        "ours 3 U of responses",
+    )
+
+
+def _pass_traffic_s(job: Job) -> float:
+    """Gather for the forward pass, again for the backward pass, and reduce-scatter in fp32."""
+    if not job.is_sharded:
+        return 0.0
+    cluster, shape = job.cluster, job.student
+    reduced = cluster.gather_s(FP32 * float(shape.trained_parameters))
+    kept = cluster.gather_s(BF16 * float(shape.head_parameters))
+    seconds = 2 * _gather_pass_s(job, shape, FP32) - kept + reduced
+    if job.offloads:
+        seconds += FP32 * shape.trained_parameters / cluster.ranks / _host_rate(job)
+    return seconds
+
+
+def _adam(job: Job) -> Line:
+    cluster = job.cluster
+    moved = float(ADAM_BYTES * job.student.trained_parameters) / cluster.ranks
+    if job.offloads:
+        node = moved * cluster.gpus_per_node / cluster.host_memory_bytes_per_s
+        return same("update: AdamW", node, "28 P / nodes / a node's host memory bandwidth")
+    return same("update: AdamW", moved / cluster.memory_bytes_per_s, "28 P / n / memory bandwidth")
+
+
+def _sync(job: Job) -> Line:
+    whole = BF16 * float(job.student.trained_parameters)
+    if job.rollout_place is RolloutPlace.GENERATE:
+        return same("weight sync", 0.0, "none: the student itself samples")
+    if job.rollout_place is RolloutPlace.COLOCATED:
+        return same(
+            "weight sync",
+            job.cluster.gather_s(whole),
+            "2 P gathered over the ranks, a tensor at a time",
+        )
+    network = job.cluster.gpu.network_bytes_per_s * job.cluster.link_share
+    return same(
+        "weight sync",
+        max(job.cluster.gather_s(whole), whole / network),
+        "max(2 P gathered over the ranks, 2 P / the network of one GPU, which sends)",
+    )
+
+
+def _checkpoint(job: Job) -> tuple[Line, ...]:
+    cluster = job.cluster
+    whole = 3.0 * FP32 * job.student.trained_parameters
+    copied = 0.0 if job.offloads else whole / cluster.ranks / _host_rate(job)
+    return (
+        same("checkpoint: copy to the host", copied, "12 P / n / host link; 0 if offloaded"),
+        same(
+            "checkpoint: write, beside the next steps",
+            whole / cluster.nodes / cluster.storage_bytes_per_s,
+            "12 P / nodes / a node's storage",
+        ),
+    )

@@ -25,7 +25,7 @@ from xopd.vllm.folder import write_folder, write_weights
 from xopd.vllm.options import EngineOptions, VllmError
 from xopd.vllm.sync import Fingerprint, LanguageModel, check_fingerprint
 from xopd.vllm.worker import Fingerprints, bit_sum
-from xopd.world import World
+from xopd.ranks import World
 
 REQUESTS = [
     Request(number, modality, 100 + i)

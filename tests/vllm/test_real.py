@@ -36,7 +36,7 @@ from xopd.vllm.options import EngineOptions, HttpOptions, ServerOptions, Teacher
 from xopd.vllm.server import ServerBackend, serve_command, teacher_command
 from xopd.vllm.sync import LanguageModel
 from xopd.vllm.teacher import Trajectory, VllmTeacher
-from xopd.world import World
+from xopd.ranks import World
 from xopd_kernels import Backend as Kernels
 
 # Found, not imported: engines and servers of these tests are processes of their own.

@@ -25,7 +25,7 @@ from xopd.types import Modality, Prompt, Rollout
 from xopd.vllm.answers import Generated, Wanted
 from xopd.vllm.options import EngineOptions, VllmError, check_temperature
 from xopd.vllm.sync import Fingerprint, LanguageModel
-from xopd.world import World
+from xopd.ranks import World
 
 T = TypeVar("T")
 Scorer = Callable[[Sequence[Rollout]], Sequence[Tensor]]

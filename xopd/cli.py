@@ -20,6 +20,8 @@ examples:
   xopd train my.yaml optim.learning_rate=1e-4   train; the same command resumes
   xopd eval runs/demo/seed_0/student --teacher TEACHER --data runs/demo/data
   xopd doctor                                   what this machine can run, and why not the rest
+  xopd plan qwen3_omni_30b_a3b_thinker          what fits on a cluster, and how long a step takes
+  xopd serve student my.yaml                    a vLLM server for rollouts of that run
   xopd bench --smoke                            our operators beside every other library's
 """
 
@@ -88,6 +90,18 @@ def _add_bench(commands: Parsers[argparse.ArgumentParser]) -> None:
     from xopd_bench.cli import add_bench_parser
 
     add_bench_parser(commands)
+
+
+def _add_plan(commands: Parsers[argparse.ArgumentParser]) -> None:
+    from xopd.plan.cli import add_plan_parser
+
+    add_plan_parser(commands)
+
+
+def _add_serve(commands: Parsers[argparse.ArgumentParser]) -> None:
+    from xopd.vllm.cli import add_serve_parser
+
+    add_serve_parser(commands)
 
 
 def _add_demo(commands: Parsers[argparse.ArgumentParser]) -> None:
@@ -266,6 +280,8 @@ _COMMANDS: dict[str, tuple[Callable[[Parsers[argparse.ArgumentParser]], None], s
     "train": (_add_train, "train"),
     "eval": (_add_eval, "train"),
     "report": (_add_report, "train"),
+    "plan": (_add_plan, "train"),
+    "serve": (_add_serve, "train"),
     "bench": (_add_bench, "bench"),
     "doctor": (_add_doctor, "train"),
 }

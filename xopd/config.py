@@ -38,8 +38,16 @@ from xopd.sections import (
     OldLogprob,
     OptimConfig,
     RolloutConfig,
+    RolloutEngine,
     ShardingConfig,
     TrainConfig,
+)
+from xopd.vllm.options import (
+    HttpConfig,
+    ServerConfig,
+    TeacherConfig,
+    VllmConfig,
+    check_temperature,
 )
 
 __all__ = [
@@ -49,13 +57,18 @@ __all__ = [
     "DataConfig",
     "Dtype",
     "FieldDoc",
+    "HttpConfig",
     "LossConfig",
     "ModelConfig",
     "OldLogprob",
     "OptimConfig",
     "RolloutConfig",
+    "RolloutEngine",
+    "ServerConfig",
     "ShardingConfig",
+    "TeacherConfig",
     "TrainConfig",
+    "VllmConfig",
     "config_template",
     "config_to_dict",
     "dump_config",
@@ -75,8 +88,18 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
 
     def __post_init__(self) -> None:
+        _check_engine(self)
+        if self.teacher.urls is not None and self.rollout.temperature != 1.0:
+            raise ConfigError(
+                f"rollout.temperature is {self.rollout.temperature}, and vLLM scores prompts at 1 "
+                "only: set it to 1, or teacher.urls to null"
+            )
         # Each modality is dealt out to minibatches; an empty one would be a step on no data.
         rollouts = self.rollout.prompts_per_step * self.rollout.rollouts_per_prompt
         if self.loss.minibatches > rollouts:
@@ -95,8 +118,37 @@ _SECTIONS: Mapping[str, type[Section]] = types.MappingProxyType(
         "optim": OptimConfig,
         "sharding": ShardingConfig,
         "train": TrainConfig,
+        "vllm": VllmConfig,
+        "server": ServerConfig,
+        "teacher": TeacherConfig,
+        "http": HttpConfig,
     }
 )
+
+
+def _check_engine(config: Config) -> None:
+    """Refuse settings of a rollout engine that do not go together."""
+    rollout, vllm = config.rollout, config.vllm
+    if rollout.engine is RolloutEngine.GENERATE:
+        if config.loss.old_logprob is OldLogprob.ENGINE:
+            raise ConfigError(
+                "loss.old_logprob is engine, but rollout.engine generate gives no log-probs: set "
+                "it to auto or recomputed"
+            )
+        if rollout.max_staleness:
+            raise ConfigError(
+                "rollout.max_staleness is 1, but rollout.engine generate computes where the "
+                "trainer does: set it to 0, or sample with vllm or server"
+            )
+        return
+    check_temperature(rollout.temperature)
+    if vllm.sleep and rollout.engine is RolloutEngine.SERVER:
+        raise ConfigError("vllm.sleep is true, but a server has GPUs of its own: set it to false")
+    if rollout.max_staleness and (vllm.sleep or not vllm.own_process):
+        raise ConfigError(
+            "rollout.max_staleness is 1, so the engine samples while the trainer computes: set "
+            "vllm.sleep to false and vllm.own_process to true"
+        )
 
 
 class FieldDoc(NamedTuple):

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
 from xopd.data.corpus import SpokenPrompt
 from xopd.data.world import PROBES, Probe, answer_of, is_correct
-from xopd.models import SpeechLM, TextLM
+from xopd.models import SpeechLM
 from xopd.models.prompting import speech_prompt
 from xopd.prompts import encode_prompts
 from xopd.ranks import ALONE, World
 from xopd.rollout import generate
+from xopd.teacher import Teacher
 from xopd.types import Modality, Prompt
 
 BATCH_SIZE = 200
@@ -48,15 +50,18 @@ def average_drop(text_base: Mapping[str, float], scores: Mapping[str, float]) ->
     return sum(drops) / len(drops)
 
 
+Answer = Callable[[Sequence[Prompt]], list[tuple[int, ...]]]  # responses to a batch of prompts
+
+
 def answer_accuracy(
-    lm: SpeechLM | TextLM,
+    answer: Answer,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     modality: Modality,
     *,
-    max_new_tokens: int,
     world: World = ALONE,
 ) -> Accuracy:
-    """Greedy answers to ``prompts`` in one modality, checked against their references.
+    """Answers to ``prompts`` in one modality, checked against their references.
 
     Batches of ``BATCH_SIZE`` are dealt out over the ranks.
     """
@@ -65,10 +70,9 @@ def answer_accuracy(
 
     def marks(number: int) -> list[tuple[str, bool]]:
         batch = batches[number]
-        responses = generate(lm, batch, modality, max_new_tokens=max_new_tokens)
         return [
-            (p.task, is_correct(p.task, decoded(lm.tokenizer, response), p.reference))
-            for p, response in zip(batch, responses, strict=True)
+            (p.task, is_correct(p.task, decoded(tokenizer, response), p.reference))
+            for p, response in zip(batch, answer(batch), strict=True)
         ]
 
     correct: dict[str, list[bool]] = {}
@@ -108,7 +112,7 @@ def probe_prompt(student: SpeechLM, prompt: Prompt, record: SpokenPrompt, probe:
 
 def build_evaluation_set(
     student: SpeechLM,
-    teacher: TextLM,
+    teacher: Teacher,
     records: Sequence[SpokenPrompt],
     held_out_voice: Sequence[SpokenPrompt],
     *,
@@ -131,7 +135,11 @@ def build_evaluation_set(
         held_out_voice=encode_prompts(student, held_out_voice) if held_out_voice else [],
         probes=probes,
         teacher_text=answer_accuracy(
-            teacher, prompts, Modality.TEXT, max_new_tokens=max_new_tokens, world=world
+            partial(teacher.answer, max_new_tokens=max_new_tokens),
+            student.tokenizer,  # `check_pair` has seen that both mean the same
+            prompts,
+            Modality.TEXT,
+            world=world,
         ),
     )
 
@@ -147,9 +155,10 @@ def evaluate_student(
     """All figures of one evaluation as a JSON-able record (``eval/*.json`` of a run)."""
 
     def accuracy(prompts: Sequence[Prompt], modality: Modality) -> Accuracy:
-        return answer_accuracy(
-            student, prompts, modality, max_new_tokens=max_new_tokens, world=world
-        )
+        def answer(batch: Sequence[Prompt]) -> list[tuple[int, ...]]:
+            return generate(student, batch, modality, max_new_tokens=max_new_tokens)
+
+        return answer_accuracy(answer, student.tokenizer, prompts, modality, world=world)
 
     speech = accuracy(data.prompts, Modality.SPEECH)
     text = accuracy(data.prompts, Modality.TEXT)

@@ -9,7 +9,7 @@ import torch
 
 from xopd.data.corpus import SpokenPrompt, decode_audio, log_mel
 from xopd.errors import UserError
-from xopd.models import SpeechLM, TextLM
+from xopd.models import SpeechLM, TextLM, Vocabulary
 from xopd.models.prompting import speech_prompt, text_prompt
 from xopd.scoring import score
 from xopd.sharding import gathered
@@ -25,7 +25,7 @@ class GuardError(UserError):
     """A run that must not start, why, and what to change."""
 
 
-def check_pair(student: SpeechLM, teacher: TextLM) -> SpeechLM:
+def check_pair(student: SpeechLM, teacher: TextLM | Vocabulary) -> SpeechLM:
     """Student and teacher must mean the same token by an id, and end on the same one.
 
     Returns the student with every id that the teacher cannot score (padding rows of lm_head,
@@ -39,11 +39,10 @@ def check_pair(student: SpeechLM, teacher: TextLM) -> SpeechLM:
         )
     student_token = {i: token for token, i in student.tokenizer.get_vocab().items()}
     teacher_token = {i: token for token, i in teacher.tokenizer.get_vocab().items()}
-    teacher_rows = teacher.model.get_output_embeddings().weight.shape[0]
     shared = {
         i
         for i, token in student_token.items()
-        if i < teacher_rows and teacher_token.get(i) == token
+        if i < teacher.classes and teacher_token.get(i) == token
     }
     unshared = set(student_token) - shared - set(student.reserved_ids)
     if len(unshared) > MAX_UNSHARED_SHARE * len(student_token):

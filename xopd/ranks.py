@@ -56,6 +56,27 @@ class World:
         """What the first rank says, on every rank: for what could look different to each."""
         return self.gather(value)[0]
 
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What ``work()`` returns on the first rank, on every rank; a UserError that it raises too.
+
+        The other ranks wait for it and do not call `work`.
+        """
+        if self.size == 1:
+            return work()
+        found: list[T] = []
+        problem: UserError | None = None
+        if self.is_first:
+            try:
+                found.append(work())
+            except UserError as error:
+                problem = error
+        found, words = self.first((found, None if problem is None else str(problem)))
+        if problem is not None:
+            raise problem
+        if words is not None:
+            raise UserError(words)
+        return found[0]
+
     def deal(self, count: int, work: Callable[[int], T]) -> list[T]:
         """``[work(0), .., work(count - 1)]`` on every rank, each worked out by one of them.
 

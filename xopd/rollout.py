@@ -9,9 +9,9 @@ same ones are drawn whatever the batch size, the number of ranks, and wherever a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -48,6 +48,32 @@ class Sampled(NamedTuple):
         """How the student received the prompt."""
         return self.request.modality
 
+    def to_dict(self) -> dict[str, Any]:
+        """As a checkpoint holds it."""
+        logprob = None if self.logprob is None else list(self.logprob)
+        return self._asdict() | {
+            "request": self.request._asdict() | {"modality": self.modality.value},
+            "response_ids": list(self.response_ids),
+            "logprob": logprob,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sampled:
+        """What `to_dict` wrote."""
+        request = values["request"]
+        logprob = values["logprob"]
+        return cls(
+            Request(request["number"], Modality(request["modality"]), request["seed"]),
+            values["prompt_tokens"],
+            tuple(values["response_ids"]),
+            values["is_finished"],
+            None if logprob is None else tuple(logprob),
+            values["version"],
+        )
+
+
+Pending: TypeAlias = Callable[[], list[Sampled]]  # waits for what was begun
+
 
 class Engine(Protocol):
     """What samples. All ranks call each method together, with the same requests."""
@@ -55,8 +81,15 @@ class Engine(Protocol):
     def sample(self, requests: Sequence[Request]) -> list[Sampled]:
         """One trajectory for each request, in their order, on every rank."""
 
-    def update(self, version: int) -> None:
-        """Sample from now on with the student's weights as they are."""
+    def begin(self, requests: Sequence[Request]) -> Pending:
+        """Start on these with the weights of now; `update` comes after the result is asked for."""
+
+    def update(self, version: int) -> float:
+        """Sample from now on with the student's weights as they are.
+
+        Returns the largest difference of a log-prob to the trainer's own, in nat; 0 for an engine
+        that is the student itself.
+        """
 
     def close(self) -> None:
         """Release what the engine holds."""
@@ -99,9 +132,15 @@ class GenerateEngine:
         answers = self._world.deal(len(batches), lambda number: self._batch(batches[number]))
         return [sampled for answer in answers for sampled in answer]
 
-    def update(self, version: int) -> None:
+    def begin(self, requests: Sequence[Request]) -> Pending:
+        """See `Engine`; it computes where the trainer does, so nothing is left to wait for."""
+        sampled = self.sample(requests)
+        return lambda: sampled
+
+    def update(self, version: int) -> float:
         """The weights are the student's own."""
         self._version = version
+        return 0.0
 
     def close(self) -> None:
         """Nothing is held."""

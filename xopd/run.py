@@ -8,7 +8,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,33 +16,44 @@ from typing import Any, Literal
 import torch
 
 from xopd.config import (
-    BackendChoice,
     Config,
     Dtype,
+    HttpConfig,
+    ServerConfig,
     ShardingConfig,
+    TeacherConfig,
+    VllmConfig,
     config_to_dict,
     load_config,
 )
-from xopd.data.corpus import SpokenPrompt, available_splits, load_corpus
+from xopd.data.corpus import load_corpus
 from xopd.data.world import is_correct
 from xopd.errors import UserError
-from xopd.evaluate import EvaluationSet, build_evaluation_set, decoded, evaluate_student
+from xopd.evaluate import EvaluationSet, decoded, evaluate_student
 from xopd.files import write_atomically
-from xopd.guards import check_audio_dependence, check_pair, check_prompts
+from xopd.guards import check_audio_dependence, check_prompts
 from xopd.loss import TokenStats
 from xopd.metrics import MetricsLog, TrainProgress, read_jsonl
-from xopd.models import SpeechLM, TextLM, load_student, load_teacher
+from xopd.models import SpeechLM
+from xopd.parts import (
+    autocast,
+    check_reachable,
+    kernel_backend,
+    load_evaluation_set,
+    load_pair,
+    make_engine,
+)
 from xopd.prompts import PromptStore
 from xopd.ranks import ALONE, World
-from xopd.rollout import Engine, GenerateEngine
-from xopd.sharding import placement, settle
+from xopd.rollout import Engine
+from xopd.teacher import Teacher
 from xopd.trackers import check_trackers, open_trackers
 from xopd.types import Modality
+from xopd.usage import Usage
 from xopd_kernels import Backend
 
 _log = logging.getLogger(__name__)
 
-HELD_OUT_VOICE_SPLIT = "test_heldout_voice"
 SAMPLED_TASKS = 5
 SAMPLES = "samples.jsonl"
 AFTER = "eval/after.json"
@@ -56,7 +67,17 @@ MAY_CHANGE = frozenset(
         *("tensorboard", "trackio", "wandb", "project"),
     )
 ) | frozenset(
-    ("data.kept_clips", *(f"sharding.{f.name}" for f in dataclasses.fields(ShardingConfig)))
+    (
+        "data.kept_clips",
+        *(
+            f"{section}.{field.name}"
+            for section, cls in (
+                *(("sharding", ShardingConfig), ("vllm", VllmConfig), ("server", ServerConfig)),
+                *(("teacher", TeacherConfig), ("http", HttpConfig)),
+            )
+            for field in dataclasses.fields(cls)
+        ),
+    )
 )
 
 
@@ -71,11 +92,12 @@ class Run:
     config: Config
     directory: Path
     student: SpeechLM
-    teacher: TextLM
+    teacher: Teacher
     prompts: PromptStore
     evaluation: EvaluationSet
     engine: Engine
     world: World
+    usage: Usage
 
     @property
     def backend(self) -> Backend | Literal["auto"]:
@@ -90,9 +112,7 @@ class Run:
 
     def autocast(self) -> AbstractContextManager[object]:
         """bf16 mixed precision for the student (fp32 master weights), or nothing."""
-        if self.config.model.dtype is Dtype.FP32:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
+        return autocast(self.config, self.world)
 
     def sample_steps(self) -> set[int]:
         """Steps whose rollouts are kept for people to read: first, middle, last."""
@@ -157,6 +177,7 @@ def prepare(config: Config, world: World) -> Run:
     """Check everything, then load and encode: models, pair, prompts, audio, evaluation set."""
     torch.set_num_threads(config.train.threads)
     check_trackers(config)
+    check_reachable(config, world)
     teacher, student = load_pair(config, world)
     records = load_corpus(Path(config.data.path), config.data.train_split)
     if not records:
@@ -176,54 +197,14 @@ def prepare(config: Config, world: World) -> Run:
         teacher=teacher,
         prompts=prompts,
         evaluation=load_evaluation_set(config, student, teacher, world),
-        engine=GenerateEngine(student, prompts, config.rollout, world),
+        engine=make_engine(config, student, prompts, world),
         world=world,
+        usage=Usage(student, world, _computes_in(config)),
     )
 
 
-def load_pair(config: Config, world: World) -> tuple[TextLM, SpeechLM]:
-    """Teacher and student of a config, checked against each other, each where it computes."""
-    model = config.model
-    where = placement(world, model.dtype, config.sharding)
-    # The student keeps fp32 master weights and computes in bf16; the frozen teacher needs none.
-    dtype = torch.float32 if model.dtype is Dtype.FP32 else torch.bfloat16
-    revision, trust = model.revision, model.trust_remote_code
-    teacher = load_teacher(
-        model.teacher, dtype=dtype, placement=where, revision=revision, trust_remote_code=trust
-    )
-    student = load_student(
-        model.student, placement=where, revision=revision, trust_remote_code=trust
-    )
-    student = check_pair(student, teacher)
-    student.freeze_all_but_language_model()
-    for lm, is_trained in ((teacher, False), (student, True)):
-        settle(lm.model, recompute=is_trained and config.sharding.checkpoint_activations)
-    return teacher, student
-
-
-def kernel_backend(config: Config) -> Backend | Literal["auto"]:
-    """The configured backend as the kernels take it."""
-    choice = config.train.backend
-    return "auto" if choice is BackendChoice.AUTO else Backend(choice.value)
-
-
-def load_evaluation_set(
-    config: Config, student: SpeechLM, teacher: TextLM, world: World
-) -> EvaluationSet:
-    """The evaluation split, and the same families in voices that training never hears."""
-    folder, limit = Path(config.data.path), config.data.eval_limit
-    held_out: list[SpokenPrompt] = []
-    if HELD_OUT_VOICE_SPLIT in available_splits(folder):
-        held_out = load_corpus(folder, HELD_OUT_VOICE_SPLIT)[:limit]
-    return build_evaluation_set(
-        student,
-        teacher,
-        load_corpus(folder, config.data.eval_split)[:limit],
-        held_out,
-        split=config.data.eval_split,
-        max_new_tokens=config.rollout.max_new_tokens,
-        world=world,
-    )
+def _computes_in(config: Config) -> torch.dtype:
+    return torch.float32 if config.model.dtype is Dtype.FP32 else torch.bfloat16
 
 
 def check_folder(directory: Path, config: Config) -> None:

@@ -27,6 +27,14 @@ class OldLogprob(StrEnum):
     ENGINE = "engine"
 
 
+class RolloutEngine(StrEnum):
+    """What samples from the student."""
+
+    GENERATE = "generate"
+    VLLM = "vllm"
+    SERVER = "server"
+
+
 class BackendChoice(StrEnum):
     """Which implementation of the kernels a run asks for."""
 
@@ -86,6 +94,9 @@ class DataConfig(Section):
 class RolloutConfig(Section):
     """How trajectories are sampled from the student."""
 
+    engine: RolloutEngine = RolloutEngine.GENERATE
+    """What samples: the student's own generate, a vLLM engine that the trainer starts (section
+    vllm), or a vLLM server (sections vllm, server, http)."""
     prompts_per_step: _Count = 16
     """Prompts per step (B); each is answered from speech and from text."""
     rollouts_per_prompt: _Count = 4
@@ -96,6 +107,9 @@ class RolloutConfig(Section):
     """Sampling temperature; log-probabilities are taken at the same temperature."""
     batch_size: _Count = 128
     """Rows per generate call. A memory knob, but another value draws other samples."""
+    max_staleness: Annotated[int, Range(0, 1)] = 0
+    """Steps by which the weights that sampled may be behind those that train. 1: rollouts of the
+    next step are sampled while this one trains."""
 
 
 @dataclass(frozen=True)

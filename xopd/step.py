@@ -10,33 +10,23 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from xopd.advantage import Baseline, centred
-from xopd.config import OldLogprob
 from xopd.errors import UserError
-from xopd.loss import StepSize, TokenStats, policy_loss, step_sizes
-from xopd.models import SpeechLM, TextLM
+from xopd.judged import Share, judged
+from xopd.loss import TokenStats, policy_loss, step_sizes
+from xopd.models import SpeechLM
 from xopd.packing import assigned
 from xopd.prompts import numbers_of_step
-from xopd.rollout import Sampled, requests_of_step
+from xopd.rollout import Pending, Request, Sampled, requests_of_step
 from xopd.run import Run
-from xopd.scoring import score
 from xopd.sharding import whole
+from xopd.token_metrics import token_metrics
 from xopd.types import Modality, Prompt, Rollout
-
-Passes = list[list[Rollout]]  # the rows of each forward pass of this rank
-
-
-class Share(NamedTuple):
-    """What this rank does of a minibatch."""
-
-    passes: Passes
-    sizes: dict[Modality, StepSize]  # of the minibatch on all ranks
 
 
 class Update(NamedTuple):
@@ -58,15 +48,21 @@ class StepResult:
     record: dict[str, float | int]  # its metrics, the same on every rank
     stats: list[TokenStats]  # of the rows of this rank
     updates: list[Update]  # one a minibatch
+    ahead: list[Sampled]  # what was sampled for the next step meanwhile; empty: nothing
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Where the time of a step went, in seconds."""
+class Stages:
+    """Where the time of a step goes: seconds of each stage, `rollout_s` and so on."""
 
-    rollout_s: float
-    teacher_s: float
-    update_s: float
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("sync_s", "rollout_s", "teacher_s", "update_s"), 0.0)
+        self._last_s = time.perf_counter()
+
+    def ended(self, stage: str) -> None:
+        """What has passed since the last end of a stage belongs to this one."""
+        now_s = time.perf_counter()
+        self.seconds[stage] += now_s - self._last_s
+        self._last_s = now_s
 
 
 def run_step(
@@ -77,19 +73,20 @@ def run_step(
     step: int,
     rate: float,
     check: Callable[[], None],
+    ahead: Sequence[Sampled] = (),
 ) -> StepResult:
     """The step of that number (0-based) with that learning rate; changes the student.
 
     check: called by all ranks after each stage that changes nothing; it may raise to stop there.
+    ahead: the step's own rollouts, where the step before has sampled them.
     """
-    start_s = time.perf_counter()
-    sampled = sample(run, step)
+    stages = Stages()
+    mismatch, sampled, pending = _rollouts(run, step, ahead, stages)
     check()
-    sampled_s = time.perf_counter()
     shares = [share_of(run, part) for part in minibatches(sampled, run.config.loss.minibatches)]
-    shares = [scored(run, share) for share in shares]
+    shares, dropped = judged(run, shares)
     check()
-    scored_s = time.perf_counter()
+    stages.ended("teacher_s")
     for group in optimizer.param_groups:
         group["lr"] = rate
     stats: list[TokenStats] = []
@@ -98,34 +95,69 @@ def run_step(
         found, update = _update(run, optimizer, share, baseline)
         stats += found
         updates.append(update)
-    end_s = time.perf_counter()
-    timing = Timing(sampled_s - start_s, scored_s - sampled_s, end_s - scored_s)
-    record = {"step": step} | token_metrics(run, stats) | asdict(timing)
+    stages.ended("update_s")
+    used = run.usage.of_update(sampled, stages.seconds["update_s"])
+    following = [] if pending is None else pending()
+    stages.ended("rollout_s")
+    record = {"step": step} | token_metrics(run.world, stats, run.config.loss.importance_cap)
+    record |= stages.seconds
     record |= {
-        "tokens_per_s": record["tokens"] / (end_s - start_s),
+        "tokens_per_s": record["tokens"] / sum(stages.seconds.values()),
         "loss": sum(update.loss for update in updates) / len(updates),
         "grad_norm": updates[-1].grad_norm,
         "learning_rate": rate,
         "skipped_updates": sum(not update.is_finite for update in updates),
+        "dropped_rollouts": dropped,
+        "staleness": step - min(row.version for row in sampled),
+        "sync_mismatch": mismatch,
     }
-    return StepResult(record, stats, updates)
+    record |= used
+    return StepResult(record, stats, updates, following)
 
 
-def sample(run: Run, step: int) -> list[Sampled]:
-    """The step's trajectories, of all ranks, on every rank."""
+def _rollouts(
+    run: Run, step: int, ahead: Sequence[Sampled], stages: Stages
+) -> tuple[float, Sequence[Sampled], Pending | None]:
+    """The weight sync's mismatch, the step's rollouts, and those of the next one, under way."""
+    settings = run.config.rollout
+    is_ahead = settings.max_staleness > 0 and step + 1 < run.config.train.steps
+    mismatch, sampled, pending = 0.0, ahead, None
+    with run.autocast():
+        if is_ahead or not ahead:
+            mismatch = run.engine.update(step)
+            stages.ended("sync_s")
+        if not ahead:
+            sampled = run.engine.sample(requests(run, step))
+        if is_ahead:
+            pending = run.engine.begin(requests(run, step + 1))
+    stages.ended("rollout_s")
+    _check_versions(sampled, step, settings.max_staleness)
+    return mismatch, sampled, pending
+
+
+def _check_versions(rows: Sequence[Sampled], step: int, limit: int) -> None:
+    """The weights that sampled are those of this step, or at most so many steps older."""
+    versions = {row.version for row in rows}
+    if not versions <= set(range(max(0, step - limit), step + 1)):
+        raise UserError(
+            f"step {step} got rollouts of weights {sorted(versions)}, and rollout.max_staleness is "
+            f"{limit}: resume the run from its last checkpoint"
+        )
+
+
+def requests(run: Run, step: int) -> list[Request]:
+    """What is asked of the engine in a step; a pure function of the config and the step."""
     settings, seed = run.config.rollout, run.config.train.seed
     numbers = numbers_of_step(
         len(run.prompts), step=step, count=settings.prompts_per_step, seed=seed
     )
-    requests = requests_of_step(
+    return requests_of_step(
         numbers,
         run.modalities(),
         rollouts_per_prompt=settings.rollouts_per_prompt,
         seed=seed,
         step=step,
     )
-    with run.autocast():
-        return run.engine.sample(requests)
 
 
 def minibatches(rows: Sequence[Sampled], count: int) -> list[list[Sampled]]:
@@ -169,73 +201,6 @@ def filling_row(student: SpeechLM) -> Rollout:
     return Rollout(prompt, Modality.TEXT, ids, is_finished=True, weight=0.0)
 
 
-def scored(run: Run, share: Share) -> Share:
-    """Rollouts with the teacher's log-probs on the text prompt, and old ones where needed."""
-    found = _scores(run, run.teacher, share.passes)
-    passes = [
-        [replace(row, teacher_logprob=value) for row, value in zip(rows, part, strict=True)]
-        for rows, part in zip(share.passes, found, strict=True)
-    ]
-    return share._replace(passes=_with_old(run, passes))
-
-
-def _with_old(run: Run, passes: Passes) -> Passes:
-    """Rollouts with the log-probs that the ratio starts from, and importance weights.
-
-    None at all where the trainer itself sampled and makes one update: pi_old is then the current
-    policy, and the ratio is 1. Which case it is, is the same on every rank.
-    """
-    config = run.config.loss
-    has_engine = any(r.engine_logprob is not None for rows in passes for r in rows)
-    has_engine = run.world.any(has_engine)  # a rank may hold nothing but filling rows
-    wanted = config.old_logprob
-    if wanted is OldLogprob.AUTO:
-        is_engine = has_engine and not run.student.is_mixture_of_experts
-        wanted = OldLogprob.ENGINE if is_engine else OldLogprob.RECOMPUTED
-    if wanted is OldLogprob.ENGINE:
-        if not has_engine:
-            raise UserError(
-                "loss.old_logprob is engine, but this rollout engine gives no log-probs: set it "
-                "to auto or recomputed"
-            )
-        return [[replace(r, old_logprob=_by_engine(r)) for r in rows] for rows in passes]
-    if config.minibatches == 1 and not has_engine:
-        return passes
-    with run.autocast():
-        found = _scores(run, run.student, passes)
-    passes = [
-        [replace(row, old_logprob=value) for row, value in zip(rows, part, strict=True)]
-        for rows, part in zip(passes, found, strict=True)
-    ]
-    if not has_engine:
-        return passes
-    cap = config.importance_cap
-    return [[replace(r, importance=importance(r, cap)) for r in rows] for rows in passes]
-
-
-def _by_engine(row: Rollout) -> Tensor:
-    """What the engine said; a filling row weighs nothing, so any number does."""
-    if row.engine_logprob is not None:
-        return row.engine_logprob
-    if row.weight:
-        raise ValueError("the engine gave log-probs for some trajectories and not for others")
-    return torch.zeros(len(row.response_ids))
-
-
-def importance(row: Rollout, cap: float) -> Tensor | None:  # [n] fp32
-    """min(pi_old / pi_engine, cap) of each token: truncated importance sampling (TIS)."""
-    if row.weight == 0.0:
-        return None
-    if row.old_logprob is None or row.engine_logprob is None:
-        raise ValueError("the engine gave log-probs for some trajectories and not for others")
-    return (row.old_logprob.cpu() - row.engine_logprob).exp().clamp(max=cap)
-
-
-def _scores(run: Run, lm: TextLM | SpeechLM, passes: Passes) -> list[list[Tensor]]:
-    temperature = run.config.rollout.temperature
-    return score(lm, passes, temperature=temperature, backend=run.backend)
-
-
 def _update(
     run: Run, optimizer: torch.optim.Optimizer, share: Share, baseline: Baseline
 ) -> tuple[list[TokenStats], Update]:
@@ -267,66 +232,3 @@ def _update(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)  # now: rollouts and scoring need the memory
     return stats, update
-
-
-def token_metrics(run: Run, stats: Sequence[TokenStats]) -> dict[str, float | int]:
-    """The metrics of a step's tokens, over all ranks.
-
-    kl_*: mean over tokens of logprob - teacher_logprob, the sampled estimate of KL(student ||
-    teacher) in nats. entropy_*: mean of -logprob, the sampled estimate of the policy's entropy.
-    mismatch_*, where the engine gave log-probs: mean of engine_logprob - old_logprob, the sampled
-    estimate of KL(engine || trainer), for recomputed old log-probs; else the first update's own.
-    truncated_*: share of tokens whose importance weight was cut at the cap.
-    """
-    names, cap = list(Modality), run.config.loss.importance_cap
-    sums = run.world.total([value for modality in names for value in _sums(stats, modality, cap)])
-    record: dict[str, float | int] = {}
-    all_tokens = 0
-    for i, modality in enumerate(names):
-        tokens, rows, kl, logprob, clipped, finished, said, mismatch, cut = sums[9 * i : 9 * i + 9]
-        all_tokens += int(tokens)
-        if rows:
-            name = modality.value
-            record[f"kl_{name}"] = kl / tokens
-            record[f"entropy_{name}"] = -logprob / tokens
-            record[f"clip_fraction_{name}"] = clipped / tokens
-            record[f"length_{name}"] = tokens / rows
-            record[f"finished_{name}"] = finished / rows
-        if said:
-            record[f"mismatch_{name}"] = mismatch / said
-            record[f"truncated_{name}"] = cut / said
-    return record | {"tokens": all_tokens}
-
-
-def _sums(stats: Sequence[TokenStats], modality: Modality, cap: float) -> list[float]:
-    """Tokens, rows, sums over tokens of KL, logprob and clipped, rows that ended; of what the
-    engine gave log-probs for: tokens, sum of the mismatch, tokens at the cap."""
-    picked = [s for s in stats if s.rollout.modality is modality]
-    if not picked:
-        return [0.0] * 9
-    logprob = torch.cat([s.logprob for s in picked]).double()
-    teacher = torch.cat([_teacher(s) for s in picked]).double()
-    clipped = torch.cat([s.is_clipped for s in picked]).double()
-    sums = [(logprob - teacher).sum(), logprob.sum(), clipped.sum()]
-    finished = sum(s.rollout.is_finished for s in picked)
-    by_engine = [(s, s.rollout.engine_logprob) for s in picked]
-    apart = [told.double() - _own(s) for s, told in by_engine if told is not None]
-    mismatch = float(sum(float(difference.sum()) for difference in apart))
-    weights = [s.rollout.importance for s in picked if s.rollout.importance is not None]
-    cut = float(sum(int((weight >= cap).sum()) for weight in weights))
-    said = float(sum(map(len, apart)))
-    head = [float(len(logprob)), float(len(picked)), *(float(x) for x in sums), float(finished)]
-    return [*head, said, mismatch, cut]
-
-
-def _own(stats: TokenStats) -> Tensor:
-    """The trainer's log-probs of the policy that sampled: recomputed ones, else the update's."""
-    row = stats.rollout
-    recomputed = row.old_logprob if row.importance is not None else None
-    return (stats.logprob if recomputed is None else recomputed.cpu()).double()
-
-
-def _teacher(stats: TokenStats) -> Tensor:
-    if stats.rollout.teacher_logprob is None:
-        raise ValueError("token statistics of a rollout that no teacher scored")
-    return stats.rollout.teacher_logprob.cpu()

@@ -33,6 +33,7 @@ from xopd.optimizer import (
     updates_made,
 )
 from xopd.ranks import World, joined
+from xopd.rollout import Sampled
 from xopd.run import AFTER, Run, check_folder, exclusive, prepare, record_samples
 from xopd.step import StepResult, Update, run_step
 from xopd.types import Modality
@@ -52,6 +53,7 @@ class LoopState:
     step: int = 0  # steps done
     baseline: Baseline = field(default_factory=Baseline)
     skipped_in_a_row: int = 0  # updates left out since the last one that was made
+    ahead: list[Sampled] = field(default_factory=list)  # of the coming step, if sampled already
 
 
 def train(config: Config) -> Path:
@@ -152,9 +154,17 @@ def _step(run: Run, state: LoopState, check: Callable[[], None]) -> StepResult:
     config = run.config
     rate = learning_rate(state.step, config.train.steps, config.optim)
     baseline = state.baseline if config.loss.center_advantage else Baseline()
-    result = run_step(run, state.optimizer, baseline, step=state.step, rate=rate, check=check)
+    result = run_step(
+        run,
+        state.optimizer,
+        baseline,
+        step=state.step,
+        rate=rate,
+        check=check,
+        ahead=state.ahead,
+    )
     state.step += 1
-    run.engine.update(state.step)
+    state.ahead = result.ahead
     for modality in Modality:
         mean = result.record.get(f"kl_{modality.value}", math.nan)
         if math.isfinite(mean):
@@ -197,6 +207,7 @@ def _save(run: Run, state: LoopState, checkpoints: Checkpoints) -> None:
             "updates": updates_made(state.optimizer, run.student.trainable()),
             "skipped_in_a_row": state.skipped_in_a_row,
             "baseline": asdict(state.baseline),
+            "ahead": [sampled.to_dict() for sampled in state.ahead],
         },
     )
 
@@ -212,7 +223,7 @@ def _resume(run: Run, checkpoints: Checkpoints) -> LoopState:
     state.step = saved["step"]
     state.skipped_in_a_row = saved["skipped_in_a_row"]
     state.baseline = Baseline(**saved["baseline"])
-    run.engine.update(state.step)
+    state.ahead = [Sampled.from_dict(values) for values in saved["ahead"]]
     if run.world.is_first:
         _log.info("resuming %s after step %d", run.directory, state.step)
     return state

@@ -17,7 +17,7 @@ from xopd.doctor import HeadShape, eager_logit_bytes, loss_memory
 from xopd_kernels import Backend
 
 MakeConfig = Callable[..., Config]
-COMMANDS = ("demo", "data", "config", "train", "eval", "report", "doctor")
+COMMANDS = ("demo", "data", "config", "train", "eval", "report", "plan", "serve", "doctor")
 
 
 @pytest.fixture

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from xopd import evaluate
@@ -16,6 +18,7 @@ from xopd.evaluate import (
     probe_prompt,
 )
 from xopd.models import SpeechLM, TextLM
+from xopd.teacher import LocalTeacher
 from xopd.types import Modality, Prompt
 
 # arXiv 2603.24596, table 1: BIG Bench Audio, Audio MultiChallenge, VoiceBench.
@@ -83,25 +86,22 @@ def test_accuracy_counts_by_task_in_any_batch_size(
     tasks = sorted({p.task for p in picked})
     wrong = {next(p for p in picked if p.task == task).id for task in tasks}
 
-    def fake(
-        lm: SpeechLM, rows: list[Prompt], modality: Modality, *, max_new_tokens: int
-    ) -> list[tuple[int, ...]]:
-        assert (modality, max_new_tokens) == (Modality.TEXT, 8)
-        assert len(rows) <= 4
+    def answer(batch: Sequence[Prompt]) -> list[tuple[int, ...]]:
+        assert len(batch) <= 4
         responses = []
-        for prompt in rows:
+        for prompt in batch:
             words = "no" if prompt.id in wrong else f"so answer {prompt.reference}"
-            responses.append((*lm.tokenizer(words).input_ids, lm.eos_id))
+            responses.append((*student.tokenizer(words).input_ids, student.eos_id))
         return responses
 
-    monkeypatch.setattr(evaluate, "generate", fake)
     monkeypatch.setattr(evaluate, "BATCH_SIZE", 4)
-    found = answer_accuracy(student, picked, Modality.TEXT, max_new_tokens=8)
+    found = answer_accuracy(answer, student.tokenizer, picked, Modality.TEXT)
     assert found.accuracy == pytest.approx(100 * (10 - len(wrong)) / 10)
     for task in tasks:
         count = sum(p.task == task for p in picked)
         assert found.by_task[task] == pytest.approx(100 * (count - 1) / count)
-    assert answer_accuracy(student, [], Modality.SPEECH, max_new_tokens=8) == Accuracy(0.0, {})
+    nothing = answer_accuracy(answer, student.tokenizer, [], Modality.SPEECH)
+    assert nothing == Accuracy(0.0, {})
 
 
 def test_probes_keep_the_clip_and_ask_in_text(
@@ -126,7 +126,12 @@ def test_an_evaluation_record(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     data = build_evaluation_set(
-        student, teacher, records[:4], records[4:6], split="test", max_new_tokens=3
+        student,
+        LocalTeacher(teacher, 1.0, "auto"),
+        records[:4],
+        records[4:6],
+        split="test",
+        max_new_tokens=3,
     )
     record = evaluate_student(student, data, step=7, max_new_tokens=3)
     assert (record["step"], record["split"], record["count"]) == (7, "test", 4)

@@ -10,60 +10,49 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.trainer.telling import tell
 from xopd.advantage import Baseline
 from xopd.config import Config
 from xopd.errors import UserError
+from xopd.judged import importance
 from xopd.optimizer import build_optimizer
 from xopd.ranks import ALONE
-from xopd.rollout import Request, Sampled
+from xopd.rollout import GenerateEngine, Request, Sampled
 from xopd.run import Run, prepare
-from xopd.step import StepResult, importance, run_step
+from xopd.step import StepResult, requests, run_step
+from xopd.teacher import LocalTeacher, Score
 from xopd.types import Modality, Prompt, Rollout
 
 MakeConfig = Callable[..., Config]
+OneStep = Callable[..., tuple[Run, StepResult]]
 
 
-class Telling:
-    """An engine that samples as another one does and says log-probs, off by a given amount."""
-
-    def __init__(self, run: Run, offset: float) -> None:
-        self._inner, self._run, self._offset = run.engine, run, offset
-
-    def sample(self, requests: Sequence[Request]) -> list[Sampled]:
-        from xopd.scoring import score
-
-        found = self._inner.sample(requests)
-        prompts = self._run.prompts.load([s.request.number for s in found])
-        rows = [
-            Rollout(p, s.modality, s.response_ids, s.is_finished)
-            for p, s in zip(prompts, found, strict=True)
-        ]
-        (scores,) = score(self._run.student, [rows], temperature=1.0, backend=self._run.backend)
-        return [
-            s._replace(logprob=tuple((row + self._offset).tolist()))
-            for s, row in zip(found, scores, strict=True)
-        ]
-
-    def update(self, version: int) -> None:
-        self._inner.update(version)
-
-    def close(self) -> None:
-        self._inner.close()
+TOLD = "rollout.engine=vllm"
 
 
-def one_step(config: Config, offset: float | None) -> tuple[Run, StepResult]:
-    run = prepare(config, ALONE)
-    if offset is not None:
-        run = replace(run, engine=Telling(run, offset))
-    optimizer = build_optimizer(run.student.trainable().values(), config.optim)
-    result = run_step(run, optimizer, Baseline(), step=0, rate=1e-3, check=lambda: None)
-    return run, result
+@pytest.fixture
+def one_step(make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> OneStep:
+    """The first step of a run; offset: of an engine that says log-probs, None for generate."""
+
+    def make(offset: float | None, *overrides: str) -> tuple[Run, StepResult]:
+        if offset is not None:
+            tell(monkeypatch, offset)
+            overrides = (*overrides, TOLD)
+        config = make_config(tmp_path, *overrides)
+        return stepped(prepare(config, ALONE))
+
+    return make
 
 
-def test_an_exact_engine_changes_nothing(make_config: MakeConfig, tmp_path: Path) -> None:
-    plain, expected = one_step(make_config(tmp_path), None)
+def stepped(run: Run) -> tuple[Run, StepResult]:
+    optimizer = build_optimizer(run.student.trainable().values(), run.config.optim)
+    return run, run_step(run, optimizer, Baseline(), step=0, rate=1e-3, check=lambda: None)
+
+
+def test_an_exact_engine_changes_nothing(one_step: OneStep) -> None:
+    plain, expected = one_step(None)
     for choice in ("auto", "engine", "recomputed"):
-        run, result = one_step(make_config(tmp_path, f"loss.old_logprob={choice}"), 0.0)
+        run, result = one_step(0.0, f"loss.old_logprob={choice}")
         assert result.record["loss"] == pytest.approx(expected.record["loss"], rel=1e-6)
         for name in ("text", "speech"):
             assert abs(result.record[f"mismatch_{name}"]) < 1e-6
@@ -74,35 +63,26 @@ def test_an_exact_engine_changes_nothing(make_config: MakeConfig, tmp_path: Path
             assert (one - two).norm() <= 1e-4 * one.norm()
 
 
-def test_a_mismatch_is_weighed_and_reported(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_mismatch_is_weighed_and_reported(one_step: OneStep) -> None:
     """The engine is sure by 0.1 nat too much: each token weighs exp(-0.1)."""
-    _, expected = one_step(make_config(tmp_path), None)
-    _, result = one_step(make_config(tmp_path, "loss.old_logprob=recomputed"), 0.1)
+    _, expected = one_step(None)
+    _, result = one_step(0.1, "loss.old_logprob=recomputed")
     assert result.record["loss"] == pytest.approx(
         math.exp(-0.1) * float(expected.record["loss"]), rel=1e-5
     )
     assert result.record["mismatch_text"] == pytest.approx(0.1, rel=1e-4)
     assert result.record["truncated_text"] == 0
     # 2 nat too little would weigh exp(2): cut at the cap.
-    _, result = one_step(
-        make_config(tmp_path, "loss.old_logprob=recomputed", "loss.importance_cap=1.5"), -2.0
-    )
+    _, result = one_step(-2.0, "loss.old_logprob=recomputed", "loss.importance_cap=1.5")
     assert result.record["loss"] == pytest.approx(1.5 * float(expected.record["loss"]), rel=1e-5)
     assert result.record["truncated_speech"] == 1
 
 
-def test_the_engines_own_log_probs_move_the_ratio(make_config: MakeConfig, tmp_path: Path) -> None:
+def test_the_engines_own_log_probs_move_the_ratio(one_step: OneStep) -> None:
     """The ratio starts at exp(-0.5), which is below 1 - clip_low, so negative advantages clip."""
-    _, result = one_step(make_config(tmp_path, "loss.old_logprob=engine"), 0.5)
+    _, result = one_step(0.5, "loss.old_logprob=engine")
     assert result.record["mismatch_text"] == pytest.approx(0.5, rel=1e-4)
     assert result.record["clip_fraction_text"] > 0
-
-
-def test_an_engine_that_says_nothing_cannot_be_the_old_policy(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    with pytest.raises(UserError, match=r"loss\.old_logprob is engine, but this rollout engine"):
-        one_step(make_config(tmp_path, "loss.old_logprob=engine"), None)
 
 
 def test_importance_by_hand() -> None:
@@ -124,7 +104,8 @@ def test_an_update_that_is_not_finite_is_left_out_whole(
     config = make_config(tmp_path, "loss.minibatches=2")
     run = prepare(config, ALONE)
     optimizer = build_optimizer(run.student.trainable().values(), config.optim)
-    hook = run.teacher.model.get_output_embeddings().weight
+    assert isinstance(run.teacher, LocalTeacher)
+    hook = run.teacher.lm.model.get_output_embeddings().weight
     with torch.no_grad():
         hook.fill_(torch.nan)
     before = {name: p.detach().clone() for name, p in run.student.trainable().items()}
@@ -155,3 +136,69 @@ def test_the_check_may_stop_a_step_before_anything_changes(
     with pytest.raises(StopError):
         run_step(run, optimizer, Baseline(), step=0, rate=1e-3, check=stop)
     assert all(torch.equal(before[n], p) for n, p in run.student.trainable().items())
+
+
+class Failing:
+    """A teacher that cannot score some responses."""
+
+    def __init__(self, inner: LocalTeacher, is_lost: Callable[[tuple[int, ...]], bool]) -> None:
+        self._inner, self._is_lost = inner, is_lost
+
+    def score(self, passes: Sequence[Sequence[Rollout]]) -> list[list[Score]]:
+        return [
+            [
+                UserError("no server answers") if self._is_lost(row.response_ids) else value
+                for row, value in zip(rows, found, strict=True)
+            ]
+            for rows, found in zip(passes, self._inner.score(passes), strict=True)
+        ]
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[tuple[int, ...]]:
+        raise AssertionError("no answers are needed in a step")
+
+
+class Without(GenerateEngine):
+    """An engine that never gave those rollouts."""
+
+    is_lost: Callable[[tuple[int, ...]], bool]
+
+    def sample(self, requests: Sequence[Request]) -> list[Sampled]:
+        return [s for s in super().sample(requests) if not self.is_lost(s.response_ids)]
+
+
+@pytest.mark.parametrize("sequence_mean", ["true", "false"])
+def test_rollouts_without_a_score_are_as_never_sampled(
+    make_config: MakeConfig, tmp_path: Path, sequence_mean: str
+) -> None:
+    def is_lost(response: tuple[int, ...]) -> bool:
+        return response[0] % 3 == 0
+
+    config = make_config(tmp_path, "teacher.max_dropped=0.8", f"loss.sequence_mean={sequence_mean}")
+    run = prepare(config, ALONE)
+    assert isinstance(run.teacher, LocalTeacher)
+    run, found = stepped(replace(run, teacher=Failing(run.teacher, is_lost)))
+    other = prepare(config, ALONE)
+    engine = Without(other.student, other.prompts, config.rollout, ALONE)
+    engine.is_lost = is_lost
+    other, expected = stepped(replace(other, engine=engine))
+    dropped = found.record["dropped_rollouts"]
+    assert 0 < dropped < 12
+    assert expected.record["dropped_rollouts"] == 0
+    for name in ("loss", "grad_norm", "kl_text", "kl_speech", "tokens"):
+        assert found.record[name] == pytest.approx(expected.record[name], rel=1e-5), name
+    strict = prepare(make_config(tmp_path, f"teacher.max_dropped={(dropped - 0.5) / 12}"), ALONE)
+    assert isinstance(strict.teacher, LocalTeacher)
+    before = {name: p.detach().clone() for name, p in strict.student.trainable().items()}
+    with pytest.raises(UserError, match=rf"could not score {dropped} of 12 .* no server answers"):
+        stepped(replace(strict, teacher=Failing(strict.teacher, is_lost)))
+    assert all(torch.equal(before[n], p) for n, p in strict.student.trainable().items())
+
+
+def test_rollouts_of_older_weights_than_allowed_stop_the_run(
+    make_config: MakeConfig, tmp_path: Path
+) -> None:
+    run = prepare(make_config(tmp_path), ALONE)
+    old = [s._replace(version=-1) for s in run.engine.sample(requests(run, 0))]
+    optimizer = build_optimizer(run.student.trainable().values(), run.config.optim)
+    with pytest.raises(UserError, match=r"rollouts of weights \[-1\], and rollout.max_staleness"):
+        run_step(run, optimizer, Baseline(), step=0, rate=1e-3, check=lambda: None, ahead=old)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.trainer.telling import tell
 from xopd.cli import main
 from xopd.config import Config, config_to_dict, dump_config, load_config
 from xopd.guards import check_pair
@@ -33,7 +34,10 @@ from xopd.types import Modality, Prompt, Rollout
 
 TEXT, SPEECH = Modality.TEXT, Modality.SPEECH
 MakeConfig = Callable[..., Config]
-TIMINGS = {"rollout_s", "teacher_s", "update_s", "tokens_per_s"}
+TIMINGS = {
+    *("sync_s", "rollout_s", "teacher_s", "update_s"),
+    *("tokens_per_s", "tflop_s", "peak_memory_gb"),
+}
 
 # Everything that a step can depend on: two minibatches, a baseline, Adam's moments, a schedule.
 STATEFUL = (
@@ -131,6 +135,29 @@ def test_resume_equals_the_uninterrupted_run(
     (run / "config.yaml").write_text(dump_config(config))
     assert train(config) == run
     assert fingerprint(run) == fingerprint(whole)
+
+
+AHEAD = (*STATEFUL, "rollout.engine=vllm", "rollout.max_staleness=1")
+
+
+def test_a_run_that_samples_one_step_ahead_resumes_to_the_bit(
+    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint holds what was sampled ahead, with weights that are gone by then."""
+    tell(monkeypatch, 0.0)
+    whole = train(make_config(tmp_path / "whole", *AHEAD))
+    lines = read_jsonl(whole / "metrics.jsonl")
+    assert [line["staleness"] for line in lines] == [0, 1, 1, 1]
+    for done in range(4):
+        run = tmp_path / f"cut_{done}"
+        shutil.copytree(whole, run)
+        for step in range(done + 1, 5):
+            shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+        shutil.rmtree(run / "student")
+        (run / "eval" / "after.json").unlink()
+        config = make_config(run, *AHEAD)
+        (run / "config.yaml").write_text(dump_config(config))
+        assert fingerprint(train(config)) == fingerprint(whole)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.fake_server import KEY, FakeServer, running
-from xopd.vllm.options import HttpOptions
+from xopd.vllm.options import HttpConfig
 
 
 @pytest.fixture
@@ -18,10 +18,10 @@ def server(tmp_path: Path) -> Iterator[tuple[FakeServer, str]]:
 
 
 @pytest.fixture
-def short(monkeypatch: pytest.MonkeyPatch) -> HttpOptions:
+def short(monkeypatch: pytest.MonkeyPatch) -> HttpConfig:
     """Deadlines for what cannot succeed."""
     monkeypatch.setenv("XOPD_TEST_KEY", KEY)
-    return HttpOptions(
+    return HttpConfig(
         api_key_env="XOPD_TEST_KEY",
         attempt_s=0.25,
         deadline_s=0.6,
@@ -32,9 +32,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> HttpOptions:
 
 
 @pytest.fixture
-def patient(monkeypatch: pytest.MonkeyPatch) -> HttpOptions:
+def patient(monkeypatch: pytest.MonkeyPatch) -> HttpConfig:
     """Deadlines for what can."""
     monkeypatch.setenv("XOPD_TEST_KEY", KEY)
-    return HttpOptions(
+    return HttpConfig(
         api_key_env="XOPD_TEST_KEY", attempt_s=0.7, deadline_s=20.0, retries=4, backoff_s=0.01
     )

@@ -19,8 +19,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 
+from xopd.models import TextLM
+from xopd.rollout import generate
+from xopd.types import Modality, Prompt
 from xopd.vllm.worker import bit_sum
 
 MODEL, KEY = "student", "a-key-of-this-test"
@@ -35,6 +39,8 @@ PHASES = {"start": START, "call": CALL, "sync": SYNC}
 
 Body = dict[str, Any]
 Content = Callable[[Body], object]
+Scores = Callable[[list[int]], list[float]]
+Answers = Callable[[list[int], int], list[int]]
 
 
 @dataclass
@@ -45,12 +51,15 @@ class State:
     transport: str | None = None  # a name in TRANSPORT
     content: Content | None = None  # changes a proper answer in place, or returns another
     routes: tuple[str, ...] = ()  # where the fault strikes
+    spared: int = 0  # requests before it strikes for the first time
     strikes: int = 10**9  # how often
     version: str = "0.32.0"
     model: str = MODEL
     max_model_len: object = 64
     label: str = "default"
     weights: dict[str, list[str]] = field(default_factory=dict)
+    scores: Scores | None = None  # a model's; None: made up
+    answers: Answers | None = None  # greedy ones of a model; None: made up
     requests: list[tuple[str, Body]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -59,6 +68,9 @@ class State:
         """Whether the fault strikes this request."""
         with self.lock:
             if route not in self.routes or self.strikes <= 0:
+                return False
+            if self.spared > 0:
+                self.spared -= 1
                 return False
             self.strikes -= 1
             return True
@@ -176,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
             return {"results": [self._rpc(body)]}
         if self.path == "/v1/completions":
             identity = f"cmpl-{self.headers['X-Request-Id']}"
-            return completion(body, identity)
+            return completion(body, identity, state)
         return {}
 
     def _rpc(self, body: Body) -> Any:
@@ -193,18 +205,26 @@ class Handler(BaseHTTPRequestHandler):
         return {name: state.weights[name] for name in names if name in state.weights}
 
 
-def completion(body: Body, identity: str) -> Body:
+def completion(body: Body, identity: str, state: State) -> Body:
     """What `/v1/completions` answers: a trajectory that the seed decides, or scores."""
     prompt = body.get("prompt", [0] * 5)  # of embeddings only the number is known
     choice: Body = {"index": 0, "text": "", "prompt_token_ids": prompt}
     if body.get("prompt_logprobs") is not None:
-        rows = [{str(token): {"logprob": score_of(token), "rank": 1}} for token in prompt]
+        made_up = state.scores is None
+        values = map(score_of, prompt) if made_up else state.scores(prompt)
+        rows = [
+            {str(token): {"logprob": value, "rank": 1}}
+            for token, value in zip(prompt, values, strict=True)
+        ]
         choice |= {"token_ids": [7], "prompt_logprobs": [None, *rows[1:]]}
     else:
-        ids = tokens_of(body["seed"], body["max_tokens"])
+        limit = body["max_tokens"]
+        is_greedy = state.answers is not None and body["temperature"] == 0
+        ids = state.answers(prompt, limit) if is_greedy else tokens_of(body.get("seed", 0), limit)
+        is_finished = ids[-1] in body["stop_token_ids"]
         choice |= {
             "token_ids": ids,
-            "finish_reason": "stop" if ids[-1] == EOS else "length",
+            "finish_reason": "stop" if is_finished else "length",
             "logprobs": {
                 "tokens": [f"token_id:{token}" for token in ids],
                 "token_logprobs": [score_of(token) for token in ids],
@@ -219,6 +239,20 @@ def tokens_of(seed: int, max_tokens: int) -> list[int]:
     """Even seeds end by themselves, odd ones are cut; no two seeds give the same."""
     body = [3 + (seed + i) % 40 for i in range(max_tokens)]
     return [*body[:-2], EOS] if seed % 2 == 0 else body
+
+
+@torch.no_grad()
+def scores_of(lm: TextLM, ids: list[int]) -> list[float]:
+    """A model's log-probs of ids given those before them; of the first one any number."""
+    logprob = lm.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+    return [0.0, *(float(logprob[i, token]) for i, token in enumerate(ids[1:]))]
+
+
+def answer_of(lm: TextLM, ids: list[int], limit: int) -> list[int]:
+    """A model's greedy response."""
+    prompt = Prompt("", "", tuple(ids), tuple(ids), torch.zeros(0, 0), "", "")
+    (response,) = generate(lm, [prompt], Modality.TEXT, max_new_tokens=limit)
+    return list(response)
 
 
 def score_of(token: int) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.vllm.fake_server import EOS, KEY, MODEL, RESERVED, VOCABULARY
 from xopd.vllm.engine import Call, Sampling
-from xopd.vllm.options import EngineOptions, HttpOptions, ServerOptions, TeacherOptions, VllmError
+from xopd.vllm.options import HttpConfig, ServerConfig, TeacherConfig, VllmConfig, VllmError
 from xopd.vllm.server import ServerBackend
 from xopd.vllm.sync import Fingerprint
 from xopd.vllm.teacher import Trajectory, VllmTeacher
@@ -27,7 +27,7 @@ CALLS = [
     Call((5, 6, 8), None, 12),
     Call((5, 9, 9, 9, 8), torch.zeros(5, 4), 13),
 ]
-ROWS = [Trajectory(number, (5, 6, 7 + number), (9, 10, EOS)) for number in range(4)]
+ROWS = [Trajectory(str(i), (5, 6, 7 + i), (9, 10, EOS)) for i in range(4)]
 
 
 class Weights:
@@ -48,7 +48,7 @@ class Weights:
 
 
 @contextmanager
-def in_time(deadlines: int, http: HttpOptions) -> Iterator[None]:
+def in_time(deadlines: int, http: HttpConfig) -> Iterator[None]:
     """The block raises, within so many deadlines."""
     start_s = time.monotonic()
     with pytest.raises(VllmError) as caught:
@@ -57,14 +57,14 @@ def in_time(deadlines: int, http: HttpOptions) -> Iterator[None]:
     assert KEY not in str(caught.value)
 
 
-def backend_of(url: str, http: HttpOptions, folder: Path) -> ServerBackend:
+def backend_of(url: str, http: HttpConfig, folder: Path) -> ServerBackend:
     return ServerBackend(
-        ServerOptions(url=url, model=MODEL, folder=str(folder)),
+        ServerConfig(url=url, model=MODEL, folder=str(folder)),
         http,
-        EngineOptions(max_model_len=64),
+        VllmConfig(max_model_len=64),
     )
 
 
-def teacher_of(url: str, http: HttpOptions) -> VllmTeacher:
-    options = TeacherOptions(urls=(url,), model=MODEL)
-    return VllmTeacher(options, http, temperature=1.0, max_model_len=64)
+def teacher_of(url: str, http: HttpConfig) -> VllmTeacher:
+    options = TeacherConfig(urls=url, model=MODEL, max_model_len=64)
+    return VllmTeacher(options, http, classes=VOCABULARY, eos_id=EOS)

@@ -19,7 +19,7 @@ from tests.vllm.fake_server import (
 )
 from tests.vllm.shared import CALLS, MAX_TOKENS, ROWS, SAMPLING, Weights, backend_of, teacher_of
 from xopd.vllm.http import ServerError
-from xopd.vllm.options import HttpOptions, VllmError
+from xopd.vllm.options import HttpConfig, VllmError
 
 
 def choice_of(body: Body) -> Body:
@@ -95,7 +95,7 @@ SAMPLES: dict[str, Callable[[Body], object]] = {
 
 @pytest.mark.parametrize("fault", SAMPLES)
 def test_a_sample_that_is_wrong(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     server[0].state.content, server[0].state.routes = SAMPLES[fault], PHASES["call"]
@@ -105,7 +105,7 @@ def test_a_sample_that_is_wrong(
 
 
 def test_a_sample_of_another_prompt(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     server[0].state.content = lambda b: choice_of(b).update(prompt_token_ids=[5, 6, 9])
@@ -154,7 +154,7 @@ SCORES: dict[str, Callable[[Body], object]] = {
 
 @pytest.mark.parametrize("fault", SCORES)
 def test_a_score_that_is_wrong(
-    server: tuple[FakeServer, str], patient: HttpOptions, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, fault: str
 ) -> None:
     teacher = teacher_of(server[1], patient)
     server[0].state.content, server[0].state.routes = SCORES[fault], PHASES["call"]
@@ -162,7 +162,7 @@ def test_a_score_that_is_wrong(
 
 
 def test_one_wrong_score_leaves_the_others(
-    server: tuple[FakeServer, str], patient: HttpOptions
+    server: tuple[FakeServer, str], patient: HttpConfig
 ) -> None:
     teacher = teacher_of(server[1], patient)
     state = server[0].state
@@ -186,7 +186,7 @@ FINGERPRINTS: dict[str, Callable[[Body], object]] = {
 
 @pytest.mark.parametrize("fault", FINGERPRINTS)
 def test_a_fingerprint_that_is_wrong(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     weights = Weights(1.0)
@@ -204,7 +204,7 @@ def test_a_fingerprint_that_is_wrong(
 
 
 def test_weights_that_never_arrive(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path
 ) -> None:
     """The reload route answers, and does nothing."""
     backend = backend_of(server[1], patient, tmp_path)
@@ -218,7 +218,7 @@ def test_weights_that_never_arrive(
 
 
 def test_a_restart_with_old_weights(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     weights = Weights(1.0)
@@ -233,7 +233,7 @@ def test_a_restart_with_old_weights(
 
 
 def test_a_cache_that_is_kept(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     server[0].state.content = lambda b: b.update(success=False)
@@ -256,7 +256,7 @@ def test_a_cache_that_is_kept(
 )
 def test_a_server_that_does_not_fit(
     server: tuple[FakeServer, str],
-    patient: HttpOptions,
+    patient: HttpConfig,
     tmp_path: Path,
     name: str,
     value: object,

@@ -17,15 +17,17 @@ from transformers import AutoModelForCausalLM
 from tests.vllm.models import Store, demo_student, disturb, rollout_config, scorer
 from xopd.models import SpeechLM
 from xopd.prompts import PromptStore
+from xopd.ranks import World
 from xopd.rollout import Request
+from xopd.schema import ConfigError
+from xopd.sections import Dtype
 from xopd.types import Modality
 from xopd.vllm.answers import Generated, checked
 from xopd.vllm.engine import Call, Sampling, VllmEngine
 from xopd.vllm.folder import write_folder, write_weights
-from xopd.vllm.options import EngineOptions, VllmError
+from xopd.vllm.options import VllmConfig, VllmError
 from xopd.vllm.sync import Fingerprint, LanguageModel, check_fingerprint
 from xopd.vllm.worker import Fingerprints, bit_sum
-from xopd.ranks import World
 
 REQUESTS = [
     Request(number, modality, 100 + i)
@@ -42,7 +44,7 @@ class FolderBackend:
         self.folder, self.model, self.label = folder, cast(Any, None), ""
         self.loads = True  # False: it takes no notice of new weights
         self.bias = 0.0  # of the log-probs that it reports
-        write_folder(student, folder, "float32")
+        write_folder(student, folder, Dtype.FP32)
 
     def load(self, weights: LanguageModel, version: int) -> None:
         if self.loads:
@@ -106,7 +108,7 @@ def make(student: SpeechLM, tmp_path: Path) -> MakeEngine:
             cast(PromptStore, Store(student)),
             rollout_config(temperature),
             World(),
-            options=EngineOptions(probe_tolerance=1e-3),
+            options=VllmConfig(probe_tolerance=1e-3),
             backend=backend,
             score=scorer(student, temperature),
         )
@@ -122,8 +124,7 @@ def test_the_folder_is_the_students_language_model(
     engine, _ = make(temperature)
     before = None
     for version in range(3):
-        engine.update(version)
-        assert engine.mismatch < 2e-5
+        assert engine.update(version) < 2e-5
         found = engine.sample(REQUESTS)
         assert [one.request for one in found] == REQUESTS
         assert {one.version for one in found} == {version}
@@ -143,6 +144,31 @@ def test_weights_that_never_arrive_are_noticed(make: MakeEngine, student: Speech
         engine.update(1)
     with pytest.raises(VllmError, match="call update"):
         engine.sample(REQUESTS)
+
+
+def test_rollouts_that_were_begun_are_those_of_their_weights(make: MakeEngine) -> None:
+    engine, _ = make()
+    engine.update(3)
+    expected = engine.sample(REQUESTS)
+    finish = engine.begin(REQUESTS)
+    with pytest.raises(ValueError, match="under way"):
+        engine.update(4)
+    assert finish() == expected
+    assert {one.version for one in expected} == {3}
+    engine.update(4)
+
+
+def test_a_backend_that_fails_behind_the_training_says_so(make: MakeEngine) -> None:
+    engine, backend = make()
+    engine.update(0)
+
+    def fail(calls: object, sampling: object) -> list[Generated]:
+        raise VllmError("out of order")
+
+    backend.generate = fail  # type: ignore[method-assign]
+    finish = engine.begin(REQUESTS)
+    with pytest.raises(VllmError, match="out of order"):
+        finish()
 
 
 @pytest.mark.parametrize("bias", [-0.01, float("nan")])
@@ -201,13 +227,13 @@ def test_fingerprints_of_shards_add_up() -> None:
 
 @pytest.mark.parametrize("temperature", [0.001, 2.5])
 def test_a_temperature_that_vllm_does_not_take(student: SpeechLM, temperature: float) -> None:
-    with pytest.raises(VllmError, match=r"rollout\.temperature"):
+    with pytest.raises(ConfigError, match=r"rollout\.temperature"):
         VllmEngine(
             student,
             cast(PromptStore, Store(student)),
             rollout_config(temperature),
             World(),
-            options=EngineOptions(),
+            options=VllmConfig(),
             backend=cast(Any, object()),
             score=scorer(student, temperature),
         )

@@ -33,11 +33,11 @@ from tests.vllm.shared import (
     teacher_of,
 )
 from xopd.vllm.http import ServerError
-from xopd.vllm.options import HttpOptions
+from xopd.vllm.options import HttpConfig
 
 
 def test_samples_and_scores_without_a_fault(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     weights = Weights(1.5)
@@ -58,7 +58,7 @@ def test_samples_and_scores_without_a_fault(
 
 @pytest.mark.parametrize("fault", TRANSPORT)
 def test_at_start(
-    server: tuple[FakeServer, str], short: HttpOptions, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str
 ) -> None:
     server[0].state.transport, server[0].state.routes = fault, PHASES["start"]
     with in_time(1, short):
@@ -69,7 +69,7 @@ def test_at_start(
 
 @pytest.mark.parametrize("fault", TRANSPORT)
 def test_while_sampling(
-    server: tuple[FakeServer, str], short: HttpOptions, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str
 ) -> None:
     backend = backend_of(server[1], short, tmp_path)
     server[0].state.transport, server[0].state.routes = fault, PHASES["call"]
@@ -78,7 +78,7 @@ def test_while_sampling(
 
 
 @pytest.mark.parametrize("fault", TRANSPORT)
-def test_while_scoring(server: tuple[FakeServer, str], short: HttpOptions, fault: str) -> None:
+def test_while_scoring(server: tuple[FakeServer, str], short: HttpConfig, fault: str) -> None:
     teacher = teacher_of(server[1], short)
     server[0].state.transport, server[0].state.routes = fault, PHASES["call"]
     start_s = time.monotonic()
@@ -90,7 +90,7 @@ def test_while_scoring(server: tuple[FakeServer, str], short: HttpOptions, fault
 
 @pytest.mark.parametrize("fault", TRANSPORT)
 def test_while_weights_are_sent(
-    server: tuple[FakeServer, str], short: HttpOptions, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str
 ) -> None:
     backend = backend_of(server[1], short, tmp_path)
     server[0].state.transport, server[0].state.routes = fault, PHASES["sync"]
@@ -102,7 +102,7 @@ def test_while_weights_are_sent(
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_passes_is_tried_again(
-    server: tuple[FakeServer, str], patient: HttpOptions, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str
 ) -> None:
     state = server[0].state
     state.transport, state.strikes = fault, 2
@@ -120,7 +120,7 @@ def test_what_passes_is_tried_again(
 
 
 @pytest.mark.parametrize("phase", ["start", "call", "score", "sync"])
-def test_a_server_that_is_gone(short: HttpOptions, tmp_path: Path, phase: str) -> None:
+def test_a_server_that_is_gone(short: HttpConfig, tmp_path: Path, phase: str) -> None:
     with running(tmp_path) as (_, url):
         backend, teacher = backend_of(url, short, tmp_path), teacher_of(url, short)
     if phase == "score":
@@ -135,7 +135,7 @@ def test_a_server_that_is_gone(short: HttpOptions, tmp_path: Path, phase: str) -
             backend.load(Weights(1.0), 1)
 
 
-def test_a_port_that_accepts_and_reads_nothing(short: HttpOptions, tmp_path: Path) -> None:
+def test_a_port_that_accepts_and_reads_nothing(short: HttpConfig, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=1) as deaf:
         url = f"http://127.0.0.1:{deaf.getsockname()[1]}"
         with in_time(1, short):

@@ -25,28 +25,32 @@ from torch import Tensor
 from tests.vllm.models import Store, demo_student, disturb, rollout_config, scorer
 from xopd.models import SpeechLM, load_teacher
 from xopd.prompts import PromptStore
+from xopd.ranks import World
 from xopd.rollout import Request
 from xopd.scoring import score
+from xopd.sections import Dtype
 from xopd.types import Modality, Rollout
 from xopd.vllm.engine import Backend, VllmEngine
 from xopd.vllm.folder import write_folder, write_weights
 from xopd.vllm.http import Deadline, HttpClient, ServerError
 from xopd.vllm.local import LocalBackend
-from xopd.vllm.options import EngineOptions, HttpOptions, ServerOptions, TeacherOptions, VllmError
+from xopd.vllm.options import HttpConfig, ServerConfig, TeacherConfig, VllmConfig, VllmError
 from xopd.vllm.server import ServerBackend, serve_command, teacher_command
 from xopd.vllm.sync import LanguageModel
 from xopd.vllm.teacher import Trajectory, VllmTeacher
-from xopd.ranks import World
 from xopd_kernels import Backend as Kernels
 
 # Found, not imported: engines and servers of these tests are processes of their own.
-pytestmark = pytest.mark.skipif(
-    find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm has it"
-)
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm has it"
+    ),
+]
 
 # What fp32 on both sides leaves: other kernels, another order of sums.
 BOUND = 2e-3
-OPTIONS = EngineOptions(
+OPTIONS = VllmConfig(
     max_model_len=256,
     max_num_seqs=32,
     kv_cache_bytes=128 * 2**20,
@@ -63,7 +67,7 @@ KEY_ENV = "XOPD_TEST_VLLM_KEY"
 
 
 def engine_of(
-    student: SpeechLM, backend: Backend, temperature: float, options: EngineOptions = OPTIONS
+    student: SpeechLM, backend: Backend, temperature: float, options: VllmConfig = OPTIONS
 ) -> VllmEngine:
     return VllmEngine(
         student,
@@ -80,7 +84,7 @@ def check_a_run(student: SpeechLM, engine: VllmEngine, temperature: float) -> No
     """Four versions of the weights; after each, every log-prob is the trainer's."""
     store, seen = Store(student), set()
     for version in range(4):
-        engine.update(version)
+        mismatch = engine.update(version)
         found = engine.sample(REQUESTS)
         rows = [
             Rollout(
@@ -96,7 +100,7 @@ def check_a_run(student: SpeechLM, engine: VllmEngine, temperature: float) -> No
             float((mine - torch.tensor(one.logprob)).abs().max())
             for mine, one in zip(own, found, strict=True)
         ]
-        print(f"version {version}: sync {engine.mismatch:.1e}, samples {max(gaps):.1e} nat")
+        print(f"version {version}: sync {mismatch:.1e}, samples {max(gaps):.1e} nat")
         assert max(gaps) < BOUND
         responses = tuple(one.response_ids for one in found)
         assert len(set(responses)) > 1
@@ -182,15 +186,12 @@ def free_port() -> int:
 @contextmanager
 def serving(command: list[str], environment: dict[str, str], url: str, log: Path) -> Iterator[None]:
     """A server that answers, ended with the block."""
-    # The CPU build's own `vllm serve` looks for a package of the other name and ends there.
-    assert command[:2] == ["vllm", "serve"]
-    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", *command[2:]]
     root = str(Path(__file__).resolve().parents[2])
     whole = os.environ | environment | {"VLLM_API_KEY": "a-key", "PYTHONPATH": root}
     whole.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    client = HttpClient(url, HttpOptions(retries=0, attempt_s=2.0))
+    client = HttpClient(url, HttpConfig(retries=0, attempt_s=2.0))
     with log.open("wb") as output:
-        server = subprocess.Popen(program, env=whole, stdout=output, stderr=output)
+        server = subprocess.Popen(command, env=whole, stdout=output, stderr=output)
         try:
             end_s = time.monotonic() + 240
             while time.monotonic() < end_s and server.poll() is None:
@@ -208,21 +209,21 @@ def serving(command: list[str], environment: dict[str, str], url: str, log: Path
 
 
 @pytest.fixture
-def http(monkeypatch: pytest.MonkeyPatch) -> HttpOptions:
+def http(monkeypatch: pytest.MonkeyPatch) -> HttpConfig:
     monkeypatch.setenv(KEY_ENV, "a-key")
-    return HttpOptions(api_key_env=KEY_ENV, connections=8)
+    return HttpConfig(api_key_env=KEY_ENV, connections=8)
 
 
-def test_a_server(student: SpeechLM, http: HttpOptions, tmp_path: Path) -> None:
+def test_a_server(student: SpeechLM, http: HttpConfig, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     folder = tmp_path / "student"
-    server = ServerOptions(url=url, folder=str(folder))
+    server = ServerConfig(url=url, folder=str(folder))
     write_folder(student, folder, OPTIONS.dtype)
     write_weights(LanguageModel(student, torch.float32), folder)
     command, environment = serve_command(str(folder), server, OPTIONS)
     with serving(command, environment, url, tmp_path / "log"):
         with pytest.raises(VllmError, match="401"):
-            ServerBackend(server, HttpOptions(), OPTIONS)
+            ServerBackend(server, HttpConfig(), OPTIONS)
         engine = engine_of(student, ServerBackend(server, http, OPTIONS), 1.0)
         check_a_run(student, engine, 1.0)
         # Somebody else's weights, under the version that the engine expects.
@@ -234,7 +235,7 @@ def test_a_server(student: SpeechLM, http: HttpOptions, tmp_path: Path) -> None:
             engine.sample(REQUESTS)
 
 
-def test_a_teacher(repository: Path, student: SpeechLM, http: HttpOptions, tmp_path: Path) -> None:
+def test_a_teacher(repository: Path, student: SpeechLM, http: HttpConfig, tmp_path: Path) -> None:
     """Its scores are those of the teacher that the trainer runs."""
     url = f"http://127.0.0.1:{free_port()}"
     folder = repository / "xopd/assets/demo/teacher"
@@ -248,11 +249,12 @@ def test_a_teacher(repository: Path, student: SpeechLM, http: HttpOptions, tmp_p
         ids = tuple(allowed[picked].tolist())
         rows.append(Rollout(prompt, Modality.SPEECH, ids, is_finished=False))
     (own,) = score(teacher, [rows], temperature=1.0, backend=Kernels.REFERENCE)
-    command = teacher_command(str(folder), url, "teacher", "float32")
-    command += ["--max-model-len", "256", "--kv-cache-memory-bytes", str(2**27), "--enforce-eager"]
+    options = TeacherConfig(urls=url, max_model_len=256)
+    command = teacher_command(str(folder), url, options, Dtype.FP32)
+    command += ["--kv-cache-memory-bytes", str(2**27), "--enforce-eager"]
     with serving(command, {}, url, tmp_path / "log"):
-        served = VllmTeacher(TeacherOptions(urls=(url,)), http, temperature=1.0, max_model_len=256)
-        calls = [Trajectory(i, r.prompt.text_ids, r.response_ids) for i, r in enumerate(rows)]
+        served = VllmTeacher(options, http, classes=teacher.classes, eos_id=teacher.eos_id)
+        calls = [Trajectory(r.prompt.id, r.prompt.text_ids, r.response_ids) for r in rows]
         gaps = []
         for one, mine in zip(served.score(calls), own, strict=True):
             assert isinstance(one, Tensor), one

@@ -1,5 +1,19 @@
 """Speech language models and text teachers behind one small class each."""
 
-from xopd.models.speech_lm import SpeechLM, TextLM, load_student, load_teacher
+from xopd.models.speech_lm import (
+    SpeechLM,
+    TextLM,
+    Vocabulary,
+    load_student,
+    load_teacher,
+    load_vocabulary,
+)
 
-__all__ = ["SpeechLM", "TextLM", "load_student", "load_teacher"]
+__all__ = [
+    "SpeechLM",
+    "TextLM",
+    "Vocabulary",
+    "load_student",
+    "load_teacher",
+    "load_vocabulary",
+]

@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     SequenceFeatureExtractor,
@@ -55,7 +56,12 @@ class TextLM:
 
     @property
     def eos_id(self) -> int:
-        return _eos_id(self.model, self.tokenizer)
+        return _eos_id(self.model.config, self.tokenizer)
+
+    @property
+    def classes(self) -> int:
+        """Rows of its lm_head."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +71,15 @@ class TextLM:
         """Input embeddings of token ids."""
         embedded: Tensor = self.model.get_input_embeddings()(token_ids)
         return embedded
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What the ids of a text-only teacher mean, without its weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    eos_id: int
+    classes: int  # rows of its lm_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +94,7 @@ class SpeechLM:
 
     @property
     def eos_id(self) -> int:
-        return _eos_id(self.model, self.tokenizer)
+        return _eos_id(self.model.config, self.tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -178,17 +193,16 @@ def audio_token_count(frames: int) -> int:
     return 13 * full + rest
 
 
-def _eos_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The one EOS id that model and tokenizer agree on."""
-    text_config = model.config.get_text_config()
-    configured = text_config.eos_token_id
+def _eos_id(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The one EOS id that a model's config and its tokenizer agree on."""
+    configured = config.get_text_config().eos_token_id
     if isinstance(configured, int) and configured != tokenizer.eos_token_id:
         raise ModelError(
-            f"{type(model).__name__}: config.eos_token_id {configured} differs from the "
+            f"{config.model_type} model: config.eos_token_id {configured} differs from the "
             f"tokenizer's {tokenizer.eos_token_id}; rollouts would never end. Make them equal."
         )
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"the tokenizer of {type(model).__name__} has no EOS token.")
+        raise ModelError(f"the tokenizer of the {config.model_type} model has no EOS token.")
     return int(tokenizer.eos_token_id)
 
 
@@ -279,3 +293,16 @@ def load_teacher(
     model.requires_grad_(False)
     model.eval()
     return TextLM(model=model, tokenizer=tokenizer)
+
+
+def load_vocabulary(
+    path: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> Vocabulary:
+    """Of a teacher that a server runs: reads the tokenizer and the config alone."""
+    _check_folder(path)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with _naming(path):
+        config = AutoConfig.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    classes = int(config.get_text_config().vocab_size)
+    return Vocabulary(tokenizer, _eos_id(config, tokenizer), classes)

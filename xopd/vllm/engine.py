@@ -10,26 +10,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from threading import Thread
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from xopd.config import RolloutConfig
 from xopd.errors import UserError
 from xopd.models import SpeechLM
 from xopd.prompts import PromptStore
-from xopd.rollout import Request, Sampled
+from xopd.ranks import World
+from xopd.rollout import Pending, Request, Sampled
+from xopd.sections import Dtype, RolloutConfig
 from xopd.sharding import gathered
 from xopd.types import Modality, Prompt, Rollout
 from xopd.vllm.answers import Generated, Wanted
-from xopd.vllm.options import EngineOptions, VllmError, check_temperature
+from xopd.vllm.options import VllmConfig, VllmError, check_temperature
 from xopd.vllm.sync import Fingerprint, LanguageModel
-from xopd.ranks import World
 
 T = TypeVar("T")
 Scorer = Callable[[Sequence[Rollout]], Sequence[Tensor]]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {Dtype.FP32: torch.float32, Dtype.BF16: torch.bfloat16}
 PROBE_SEED = 20_250_601  # any fixed number
 
 _log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class VllmEngine:
         config: RolloutConfig,
         world: World,
         *,
-        options: EngineOptions,
+        options: VllmConfig,
         backend: Backend | None,
         score: Scorer,
     ) -> None:
@@ -103,16 +104,63 @@ class VllmEngine:
         self._weights = LanguageModel(student, DTYPES[options.dtype])
         self._version: int | None = None
         self._is_stale = True
-        self.mismatch = 0.0  # largest difference of a log-prob to the trainer's, at the last sync
+        self._is_sampling = False
 
     def sample(self, requests: Sequence[Request]) -> list[Sampled]:
         """See `Engine`. A seed gives the same noise in every batch; the log-probs that it is added
         to may differ in the last bits from batch to batch, so a near tie may fall the other way.
         """
-        version = self._version
-        if version is None or self._is_stale:
-            raise VllmError("the engine has no current weights: call update() before sample().")
+        version = self._current()
         calls, found = self._generate(requests, self._sampling)
+        return self._sampled(requests, calls, found, version)
+
+    def begin(self, requests: Sequence[Request]) -> Pending:
+        """See `Engine`; the backend samples in a thread of the first rank meanwhile."""
+        version = self._current()
+        calls = self._calls(requests)
+        backend, sampling = self._backend, self._sampling
+        task = None if backend is None else _Task(lambda: backend.generate(calls, sampling))
+        self._is_sampling = True
+
+        def finish() -> list[Sampled]:
+            self._is_sampling = False
+            found = self._world.on_first(lambda: task.result() if task else [])
+            return self._sampled(requests, calls, found, version)
+
+        return finish
+
+    def update(self, version: int) -> float:
+        """Send the weights, compare fingerprints, then log-probs; VllmError if they differ."""
+        if self._is_sampling:
+            raise ValueError("new weights while rollouts are under way: ask for their result first")
+        self._version, self._is_stale = None, True
+        self._send(version)
+        self._on_first(lambda backend: backend.check(self._weights.fingerprint, version))
+        mismatch = self._probe()
+        self._version, self._is_stale = version, False
+        if self._world.is_first:
+            _log.info("weights %d are in vLLM; log-probs differ by up to %.1e", version, mismatch)
+        return mismatch
+
+    def close(self) -> None:
+        """Release what the backend holds."""
+        if self._backend is not None:
+            self._backend.close()
+
+    def _current(self) -> int:
+        """The version of the weights that sample now."""
+        if self._version is None or self._is_stale:
+            raise VllmError("the engine has no current weights: call update() before sample().")
+        return self._version
+
+    def _sampled(
+        self,
+        requests: Sequence[Request],
+        calls: Sequence[Call],
+        found: Sequence[Generated],
+        version: int,
+    ) -> list[Sampled]:
+        """What was generated, once it is certain that those weights generated it."""
         self._on_first(lambda backend: backend.check(self._weights.fingerprint, version))
         self._on_first(lambda backend: backend.rest())
         self._is_stale = self._options.sleep
@@ -127,20 +175,6 @@ class VllmEngine:
             )
             for request, call, one in zip(requests, calls, found, strict=True)
         ]
-
-    def update(self, version: int) -> None:
-        """Send the weights, compare fingerprints, then log-probs; VllmError if they differ."""
-        self._version, self._is_stale = None, True
-        self._send(version)
-        self._on_first(lambda backend: backend.check(self._weights.fingerprint, version))
-        self.mismatch = self._probe()
-        self._version, self._is_stale = version, False
-        _log.info("weights %d are in vLLM; log-probs differ by up to %.1e", version, self.mismatch)
-
-    def close(self) -> None:
-        """Release what the backend holds."""
-        if self._backend is not None:
-            self._backend.close()
 
     def _send(self, version: int) -> None:
         def load(backend: Backend) -> None:
@@ -215,18 +249,39 @@ class VllmEngine:
 
     def _on_first(self, work: Callable[[Backend], T]) -> T:
         """What the first rank's backend says, on every rank; its error too, so that none waits."""
-        outcome: tuple[T | None, str | None] = (None, None)
-        if self._backend is not None:
-            if self._world.size == 1:
-                return work(self._backend)
-            try:
-                outcome = (work(self._backend), None)
-            except UserError as error:
-                outcome = (None, str(error))
-        value, problem = self._world.first(outcome)
-        if problem is not None:
-            raise VllmError(problem)
-        return value  # type: ignore[return-value]  # None only where T is
+
+        def ask() -> T:
+            if self._backend is None:
+                raise ValueError("the first rank, and it alone, has a backend")
+            return work(self._backend)
+
+        return self._world.on_first(ask)
+
+
+class _Task(Generic[T]):
+    """Work in a thread that no exit of the process waits for."""
+
+    def __init__(self, work: Callable[[], T]) -> None:
+        self._work = work
+        self._found: list[T] = []
+        self._error: UserError | None = None
+        self._thread = Thread(target=self._run, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._found.append(self._work())
+        except UserError as error:
+            self._error = error
+
+    def result(self) -> T:
+        """Waits for it; raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        if not self._found:
+            raise RuntimeError("sampling failed in its thread, whose traceback is above")
+        return self._found[0]
 
 
 def sampling_of(student: SpeechLM, config: RolloutConfig) -> Sampling:

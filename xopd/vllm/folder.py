@@ -19,7 +19,8 @@ from transformers import PreTrainedConfig, Qwen3Config, Qwen3MoeConfig
 
 from xopd.files import write_atomically
 from xopd.models import SpeechLM
-from xopd.vllm.options import VllmError
+from xopd.sections import Dtype
+from xopd.vllm.options import DTYPE_NAMES, VllmError
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -34,7 +35,7 @@ _COPIED_OF_EXPERTS = (
 )
 
 
-def language_model_config(student: SpeechLM, dtype: str) -> PreTrainedConfig:
+def language_model_config(student: SpeechLM, dtype: Dtype) -> PreTrainedConfig:
     """The configuration of the language model alone."""
     text = student.model.config.get_text_config()
     if text.model_type != "qwen3_omni_moe_text":
@@ -59,13 +60,13 @@ def language_model_config(student: SpeechLM, dtype: str) -> PreTrainedConfig:
         eos_token_id=student.eos_id,
         bos_token_id=student.tokenizer.bos_token_id,
         pad_token_id=student.tokenizer.pad_token_id,
-        dtype=dtype,
+        dtype=DTYPE_NAMES[dtype],
     )
     config.architectures = ["Qwen3MoeForCausalLM" if is_moe else "Qwen3ForCausalLM"]
     return config
 
 
-def write_folder(student: SpeechLM, folder: Path, dtype: str) -> None:
+def write_folder(student: SpeechLM, folder: Path, dtype: Dtype) -> None:
     """Configuration and tokenizer, no weights: an engine gets those before its first sample."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeAlias
 
-from xopd.vllm.options import HttpOptions, VllmError, checked_url
+from xopd.vllm.options import HttpConfig, VllmError, checked_url
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 RETRIED = frozenset((408, 425, 429, 500, 502, 503, 504))
@@ -65,7 +65,7 @@ class Reply:
 class HttpClient:
     """Calls to one server. Safe to share between threads: each call has its own connection."""
 
-    def __init__(self, url: str, options: HttpOptions) -> None:
+    def __init__(self, url: str, options: HttpConfig) -> None:
         self._parts = checked_url(url, allow_remote=options.allow_remote)
         self._options = options
         self._key = options.api_key()

@@ -20,7 +20,7 @@ from xopd.models import SpeechLM
 from xopd.vllm.answers import Generated, checked
 from xopd.vllm.engine import Call, Sampling
 from xopd.vllm.folder import write_folder, write_weights
-from xopd.vllm.options import EngineOptions, VllmError
+from xopd.vllm.options import DTYPE_NAMES, VllmConfig, VllmError
 from xopd.vllm.sync import Fingerprint, LanguageModel, check_fingerprint, fingerprint_request
 from xopd.vllm.version import check_version
 
@@ -30,12 +30,13 @@ NEVER = -1e30
 MAX_BIASED = 1024
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # read by vLLM when an engine starts
 MEMORY = Path("/dev/shm")
+PREFIX = "xopd-vllm-"  # of folders; the id of the process that made it follows
 
 
 class LocalBackend:
     """`vllm.LLM` on this machine; see `xopd.vllm.engine.Backend`."""
 
-    def __init__(self, student: SpeechLM, options: EngineOptions, *, ranks: int) -> None:
+    def __init__(self, student: SpeechLM, options: VllmConfig, *, ranks: int) -> None:
         """ranks: of the trainer. Starts nothing: the first weights do."""
         if ranks > 1 and not options.own_process:
             raise VllmError(
@@ -45,8 +46,9 @@ class LocalBackend:
         check_version(installed_version(), "the installed package")
         self._options = options
         self._is_asleep = False
-        parent = MEMORY if MEMORY.is_dir() else None
-        self._folder = Path(tempfile.mkdtemp(prefix="xopd-vllm-", dir=parent))
+        parent = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
+        remove_leftovers(parent)
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
         self._llm: Any = None  # vLLM is not imported before it is needed
         write_folder(student, self._folder, options.dtype)
 
@@ -138,7 +140,7 @@ class LocalBackend:
         return llm(
             model=str(self._folder),
             load_format="safetensors" if self._options.own_process else "dummy",
-            dtype=options.dtype,
+            dtype=DTYPE_NAMES[options.dtype],
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             tensor_parallel_size=options.tensor_parallel,
@@ -158,6 +160,24 @@ class LocalBackend:
             raise VllmError("vLLM keeps its prefix cache: requests are under way. Restart the run.")
         self._llm.reset_mm_cache()
         self._llm.llm_engine.reset_encoder_cache()
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete our user's folders of processes that are gone: a killed one leaves gigabytes."""
+    for path in parent.glob(f"{PREFIX}*-*"):
+        number = path.name.removeprefix(PREFIX).partition("-")[0]
+        if number.isdigit() and path.stat().st_uid == os.getuid() and not _is_alive(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from xopd.vllm.http import Deadline, HttpClient, ServerError
-from xopd.vllm.options import HttpOptions, ServerOptions
+from xopd.vllm.options import HttpConfig, ServerConfig
 from xopd.vllm.sync import LanguageModel
 
 
@@ -20,7 +20,7 @@ class NcclSender:
     """One connection to a server, made at the first update and kept."""
 
     def __init__(
-        self, client: HttpClient, server: ServerOptions, http: HttpOptions, weights: LanguageModel
+        self, client: HttpClient, server: ServerConfig, http: HttpConfig, weights: LanguageModel
     ) -> None:
         from vllm.distributed.weight_transfer import (
             ParamMeta,
@@ -61,7 +61,7 @@ class NcclSender:
 class Control:
     """vLLM's own control calls over our client: with its deadline, and none of them repeated."""
 
-    def __init__(self, client: HttpClient, http: HttpOptions) -> None:
+    def __init__(self, client: HttpClient, http: HttpConfig) -> None:
         self._client, self._http = client, http
 
     def workers(self) -> int:

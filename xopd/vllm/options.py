@@ -1,8 +1,4 @@
-"""The settings of engines, servers and teachers, as plain frozen records.
-
-A record checks itself when it is built, so that a run stops before it has loaded a model, and every
-error names the field, its value and what to write instead.
-"""
+"""The settings of engines, servers and teachers: sections of a run's configuration."""
 
 from __future__ import annotations
 
@@ -11,12 +7,21 @@ import os
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import SplitResult, urlsplit
 
 from xopd.errors import UserError
+from xopd.schema import ConfigError, Range, Section
+from xopd.sections import Dtype
 
 # What vLLM takes: above 2 it refuses, below 0.01 it silently samples at 0.01.
 TEMPERATURES = (0.01, 2.0)
+# As vLLM and a checkpoint's configuration name them.
+DTYPE_NAMES = {Dtype.FP32: "float32", Dtype.BF16: "bfloat16"}
+
+_Count = Annotated[int, Range(1, 10_000_000)]
+_Seconds = Annotated[float, Range(0.0, 1_000_000.0, low_open=True)]
+_Port = Annotated[int, Range(1, 65_535)]
 
 
 class VllmError(UserError):
@@ -26,36 +31,40 @@ class VllmError(UserError):
 class Transport(StrEnum):
     """How weights reach a server."""
 
-    DISK = "disk"  # a folder that both see; any device, and `/dev/shm` keeps it in memory
-    NCCL = "nccl"  # from GPU to GPU, by vLLM's own weight transfer
+    DISK = "disk"
+    NCCL = "nccl"
 
 
-@dataclass(frozen=True, slots=True)
-class HttpOptions:
-    """How servers are called."""
+@dataclass(frozen=True)
+class HttpConfig(Section):
+    """How servers of rollouts and of teachers are called."""
 
-    api_key_file: str | None = None  # a file that holds the key and nothing else
-    api_key_env: str | None = None  # the environment variable that holds it
-    allow_remote: bool = False  # else a server must be on this machine
-    connections: int = 32  # calls under way at once
-    attempt_s: float = 120.0  # longest time of one try
-    deadline_s: float = 600.0  # longest time of all calls of a step together, retries included
-    retries: int = 4  # more tries after the first, of what may be repeated
-    backoff_s: float = 0.5  # longest wait before the first retry; it doubles with each
-    max_response_bytes: int = 256 * 1024 * 1024
+    api_key_file: str | None = None
+    """A file that holds the key of the servers, and nothing else."""
+    api_key_env: str | None = None
+    """The environment variable that holds it; give one of the two, or neither."""
+    allow_remote: bool = False
+    """Also call servers that are not on this machine."""
+    connections: _Count = 32
+    """Calls under way at once."""
+    attempt_s: _Seconds = 120.0
+    """Longest time of one try."""
+    deadline_s: _Seconds = 600.0
+    """Longest time of all calls of a stage together, retries included."""
+    retries: Annotated[int, Range(0, 1000)] = 4
+    """More tries after the first."""
+    backoff_s: _Seconds = 0.5
+    """Longest wait before the first retry; it doubles with each."""
+    max_response_bytes: Annotated[int, Range(1, 2**40)] = 256 * 1024 * 1024
+    """A longer answer is refused."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.api_key_file is not None and self.api_key_env is not None:
-            raise VllmError(
-                f"api_key_file {self.api_key_file!r} and api_key_env {self.api_key_env!r} are both "
-                "set: keep the one that holds the key."
+            raise ConfigError(
+                f"http.api_key_file {self.api_key_file!r} and http.api_key_env "
+                f"{self.api_key_env!r} are both set: keep the one that holds the key"
             )
-        for name in ("connections", "attempt_s", "deadline_s", "backoff_s", "max_response_bytes"):
-            value = getattr(self, name)
-            if not value > 0:  # also refuses NaN
-                raise VllmError(f"{name} is {value}: give a number above 0.")
-        if self.retries < 0:
-            raise VllmError(f"retries is {self.retries}: give 0 or more.")
 
     def api_key(self) -> str | None:
         """The key, read now; None where neither source is named. Never part of an error."""
@@ -66,81 +75,94 @@ class HttpOptions:
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise VllmError(
-                f"api_key_env names {self.api_key_env!r}, which is not set or empty: export the "
-                "key of the server under that name."
+                f"http.api_key_env names {self.api_key_env!r}, which is not set or empty: export "
+                "the key of the server under that name."
             )
         return _checked_key(key, f"environment variable {self.api_key_env!r}")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """What samples, in this process or in a server."""
+@dataclass(frozen=True)
+class VllmConfig(Section):
+    """What samples where rollout.engine is vllm or server."""
 
-    dtype: str = "float32"  # of weights and computation: float32 or bfloat16
-    max_model_len: int = 4096  # longest prompt and response together, in tokens
-    max_num_seqs: int = 256  # trajectories decoded at once
-    gpu_memory_utilization: float = 0.5  # share of each GPU; the trainer needs the rest
-    kv_cache_bytes: int | None = None  # None: on a GPU what gpu_memory_utilization leaves
-    tensor_parallel: int = 1
-    enforce_eager: bool = False  # no CUDA graphs and no compilation: slower, starts at once
-    own_process: bool = True  # else the engine shares the trainer's; for a trainer of one rank
-    sleep: bool = False  # release GPU memory while the trainer computes; not for a server
-    probe_tokens: int = 16  # of the trajectories that are compared after each sync
-    probe_tolerance: float = 0.1  # largest difference of a log-prob to the trainer's own, in nat
-
-    def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise VllmError(f"dtype is {self.dtype!r}: write float32 or bfloat16.")
-        counts = ("max_model_len", "max_num_seqs", "tensor_parallel", "probe_tokens")
-        for name in (*counts, "probe_tolerance"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise VllmError(f"{name} is {value}: give a number above 0.")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise VllmError(
-                f"gpu_memory_utilization is {self.gpu_memory_utilization}: give a share in (0, 1]."
-            )
-        if self.kv_cache_bytes is not None and self.kv_cache_bytes <= 0:
-            raise VllmError(f"kv_cache_bytes is {self.kv_cache_bytes}: give a size above 0.")
+    dtype: Dtype = Dtype.FP32
+    """Precision of its weights and computation; usually model.dtype."""
+    max_model_len: _Count = 4096
+    """Longest prompt and response together, in tokens."""
+    max_num_seqs: _Count = 256
+    """Trajectories decoded at once."""
+    gpu_memory_utilization: Annotated[float, Range(0.0, 1.0, low_open=True)] = 0.5
+    """Share of each GPU that it takes; the trainer needs the rest."""
+    kv_cache_bytes: Annotated[int | None, Range(1, 2**50)] = None
+    """Size of its cache of keys and values; null: on a GPU what gpu_memory_utilization leaves."""
+    tensor_parallel: _Count = 1
+    """GPUs over which its weights are spread."""
+    enforce_eager: bool = False
+    """No CUDA graphs and no compilation: slower, but starts at once."""
+    own_process: bool = True
+    """A child process; false: in the trainer's, which then has one rank, for a GPU."""
+    sleep: bool = False
+    """Give GPU memory back while the trainer computes; not for a server."""
+    probe_tokens: _Count = 16
+    """Tokens of the trajectories that are compared after each weight sync."""
+    probe_tolerance: Annotated[float, Range(0.0, 1_000.0, low_open=True)] = 0.1
+    """Largest difference of their log-probs to the trainer's own, in nat."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerOptions:
-    """A server that samples, and how the student's weights get there."""
+@dataclass(frozen=True)
+class ServerConfig(Section):
+    """A vLLM server that samples, where rollout.engine is server (see docs/vllm.md)."""
 
     url: str = "http://127.0.0.1:8000"
-    model: str = "student"  # the name it serves (--served-model-name)
+    """Its address."""
+    model: str = "student"
+    """The name that it serves (--served-model-name)."""
     transport: Transport = Transport.DISK
-    folder: str = "/dev/shm/xopd-student"  # for DISK: seen by trainer and server alike
-    nccl_host: str = "127.0.0.1"  # for NCCL: where the server's GPUs reach the trainer
-    nccl_port: int = 29577
+    """How weights get there: through a folder that both see, or from GPU to GPU."""
+    folder: str = "/dev/shm/xopd-student"
+    """That folder; /dev/shm keeps it in memory."""
+    nccl_host: str = "127.0.0.1"
+    """For nccl: where the server's GPUs reach the trainer."""
+    nccl_port: _Port = 29577
+    """For nccl: a free port there."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.nccl_port < 65536:
-            raise VllmError(f"nccl_port is {self.nccl_port}: give a port in 1..65535.")
 
+@dataclass(frozen=True)
+class TeacherConfig(Section):
+    """A teacher behind vLLM servers, in place of one that the trainer runs."""
 
-@dataclass(frozen=True, slots=True)
-class TeacherOptions:
-    """One or more servers of the same teacher."""
-
-    urls: tuple[str, ...] = ("http://127.0.0.1:8001",)
+    urls: str | None = None
+    """Addresses of its replicas, separated by commas; null: the trainer runs model.teacher, of
+    which a served teacher takes the tokenizer and the configuration alone."""
     model: str = "teacher"
+    """The name that they serve."""
+    max_model_len: _Count = 4096
+    """Longest prompt and response together, in tokens, that they must take."""
+    max_dropped: Annotated[float, Range(0.0, 1.0, high_open=True)] = 0.0
+    """Share of a step's rollouts that may be left out because no replica could score them."""
+
+    def addresses(self) -> tuple[str, ...]:
+        """One for each replica; empty where the trainer runs the teacher."""
+        found = tuple(url.strip() for url in (self.urls or "").split(",") if url.strip())
+        if len(set(found)) != len(found):
+            raise ConfigError(
+                f"teacher.urls {self.urls!r} names a server twice: list each replica once"
+            )
+        return found
 
     def __post_init__(self) -> None:
-        if not self.urls:
-            raise VllmError("urls is empty: name at least one server of the teacher.")
-        if len(set(self.urls)) != len(self.urls):
-            raise VllmError(f"urls {self.urls} names a server twice: list each replica once.")
+        super().__post_init__()
+        if not self.addresses() and self.urls is not None:
+            raise ConfigError(f"teacher.urls {self.urls!r} names no server: give one, or null")
 
 
 def check_temperature(temperature: float) -> None:
     """Refuse what vLLM would refuse or clamp."""
     low, high = TEMPERATURES
     if not low <= temperature <= high:
-        raise VllmError(
+        raise ConfigError(
             f"rollout.temperature is {temperature}, but vLLM samples at {low} to {high} only: "
-            "choose one in that range, or sample with generate."
+            "choose one in that range, or rollout.engine generate"
         )
 
 
@@ -159,12 +181,12 @@ def checked_url(url: str, *, allow_remote: bool) -> SplitResult:
     if parts.username or parts.password or parts.query or parts.fragment:
         raise VllmError(
             f"the address of server {parts.hostname!r} holds a user, a query or a fragment: write "
-            "http://HOST:PORT and put the key in api_key_file or api_key_env."
+            "http://HOST:PORT and put the key in http.api_key_file or http.api_key_env."
         )
     if not allow_remote and not _is_loopback(parts.hostname):
         raise VllmError(
             f"server {parts.hostname!r} is not on this machine. Reach it through a tunnel, or set "
-            "allow_remote where the network between is yours alone."
+            "http.allow_remote where the network between is yours alone."
         )
     return parts
 
@@ -183,10 +205,10 @@ def _key_from_file(path: Path) -> str:
         text = path.read_text(encoding="ascii")
     except (OSError, UnicodeDecodeError) as error:
         raise VllmError(
-            f"api_key_file {str(path)!r} cannot be read as text: {type(error).__name__}. Write the "
-            "key, and nothing else, in that file."
+            f"http.api_key_file {str(path)!r} cannot be read as text: {type(error).__name__}. "
+            "Write the key, and nothing else, in that file."
         ) from error
-    return _checked_key(text.strip(), f"api_key_file {str(path)!r}")
+    return _checked_key(text.strip(), f"http.api_key_file {str(path)!r}")
 
 
 def _checked_key(key: str, where: str) -> str:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any, TypeVar
@@ -19,13 +21,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from xopd.sections import Dtype
 from xopd.vllm.answers import Generated, generated
 from xopd.vllm.engine import Call, Sampling
 from xopd.vllm.folder import write_weights
 from xopd.vllm.http import Deadline, HttpClient, Json, ServerError
 from xopd.vllm.local import bias, common_settings
 from xopd.vllm.nccl import NcclSender
-from xopd.vllm.options import EngineOptions, HttpOptions, ServerOptions, Transport, checked_url
+from xopd.vllm.options import (
+    DTYPE_NAMES,
+    HttpConfig,
+    ServerConfig,
+    TeacherConfig,
+    Transport,
+    VllmConfig,
+    checked_url,
+)
 from xopd.vllm.sync import Fingerprint, LanguageModel, check_fingerprint, fingerprint_request
 from xopd.vllm.version import check_version
 
@@ -38,7 +49,7 @@ B = TypeVar("B")
 class ServerBackend:
     """A server of the student; see `xopd.vllm.engine.Backend`."""
 
-    def __init__(self, server: ServerOptions, http: HttpOptions, options: EngineOptions) -> None:
+    def __init__(self, server: ServerConfig, http: HttpConfig, options: VllmConfig) -> None:
         """Refuses a server that is away, too old, or serves something else."""
         self._server, self._http = server, http
         self._client = HttpClient(server.url, http)
@@ -92,20 +103,11 @@ class ServerBackend:
             body = common | _prompt(call) | {"seed": call.seed}
             reply = self._client.post("/v1/completions", body, deadline)
             ids = call.prompt_ids if call.embeds is None else None
-            try:
+            with naming(self._client, "a sample"):
                 return generated(reply, sampling.wanted(call), ids)
-            except ServerError as error:
-                raise ServerError(
-                    f"server {self._client.name} gave a sample that cannot be used: {error}."
-                ) from error
 
-        answers: list[Generated] = []
         found = in_parallel(work, calls, self._http.connections, stop_at_first=True)
-        for one in found:
-            if isinstance(one, ServerError):
-                raise next(e for e in found if isinstance(e, ServerError) and not is_skipped(e))
-            answers.append(one)
-        return answers
+        return unless_failed(found)
 
     def rest(self) -> None:
         """A server has GPUs of its own."""
@@ -129,9 +131,26 @@ class ServerBackend:
 _SKIPPED = "not sent, because another call failed"
 
 
-def is_skipped(error: ServerError) -> bool:
-    """Whether the error only says that another call failed first."""
-    return str(error) == _SKIPPED
+@contextmanager
+def naming(client: HttpClient, what: str) -> Iterator[None]:
+    """Name the server in the error of an answer that cannot be used."""
+    try:
+        yield
+    except ServerError as error:
+        raise ServerError(
+            f"server {client.name} gave {what} that cannot be used: {error}."
+        ) from error
+
+
+def unless_failed(found: Sequence[B | ServerError]) -> list[B]:
+    """All of them, or the error of the first that failed by itself."""
+    answers: list[B] = []
+    for one in found:
+        if isinstance(one, ServerError):
+            errors = [error for error in found if isinstance(error, ServerError)]
+            raise next(error for error in errors if str(error) != _SKIPPED)
+        answers.append(one)
+    return answers
 
 
 def in_parallel(
@@ -179,23 +198,23 @@ def check_server(client: HttpClient, model: str, max_model_len: int, deadline: D
 
 
 def serve_command(
-    folder: str, server: ServerOptions, options: EngineOptions
+    folder: str, server: ServerConfig, options: VllmConfig
 ) -> tuple[list[str], dict[str, str]]:
     """The command line of a server of the student, and what its environment must hold.
 
     The key is no part of either: set VLLM_API_KEY in the environment, where `ps` does not show it.
     """
-    parts = checked_url(server.url, allow_remote=True)
-    command = ["vllm", "serve", folder, "--host", str(parts.hostname)]
-    command += ["--port", str(parts.port or 80), "--served-model-name", server.model]
-    command += ["--dtype", options.dtype, "--max-model-len", str(options.max_model_len)]
-    command += ["--max-num-seqs", str(options.max_num_seqs)]
-    command += ["--tensor-parallel-size", str(options.tensor_parallel)]
-    command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
-    command += ["--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"]
-    # Ids in and ids out: a tokenizer would only cost the server time.
-    command += ["--enable-prompt-embeds", "--skip-tokenizer-init"]
-    command += ["--worker-extension-cls", "xopd.vllm.worker.Fingerprints"]
+    command = _command(folder, server.url, server.model, options.dtype)
+    for name, value in (
+        ("--max-model-len", options.max_model_len),
+        ("--max-num-seqs", options.max_num_seqs),
+        ("--tensor-parallel-size", options.tensor_parallel),
+        ("--gpu-memory-utilization", options.gpu_memory_utilization),
+        ("--logprobs-mode", "processed_logprobs"),
+        ("--worker-extension-cls", "xopd.vllm.worker.Fingerprints"),
+    ):
+        command += [name, str(value)]
+    command += ["--enable-prompt-embeds"]
     if options.kv_cache_bytes is not None:
         command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
     if options.enforce_eager:
@@ -205,11 +224,19 @@ def serve_command(
     return command, {"VLLM_SERVER_DEV_MODE": "1"}
 
 
-def teacher_command(folder: str, url: str, model: str, dtype: str) -> list[str]:
+def teacher_command(folder: str, url: str, options: TeacherConfig, dtype: Dtype) -> list[str]:
     """The command line of a server of the teacher, which needs none of the control routes."""
+    command = _command(folder, url, options.model, dtype)
+    return [*command, "--max-model-len", str(options.max_model_len)]
+
+
+def _command(folder: str, url: str, model: str, dtype: Dtype) -> list[str]:
+    """What both have in common. The module, because the CPU build has no working `vllm serve`."""
     parts = checked_url(url, allow_remote=True)
-    command = ["vllm", "serve", folder, "--host", str(parts.hostname)]
-    command += ["--port", str(parts.port or 80), "--served-model-name", model, "--dtype", dtype]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
+    command += ["--host", str(parts.hostname), "--port", str(parts.port or 80)]
+    command += ["--served-model-name", model, "--dtype", DTYPE_NAMES[dtype]]
+    # Ids in and ids out: a tokenizer would only cost the server time.
     return [*command, "--generation-config", "vllm", "--skip-tokenizer-init"]
 
 

@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.vllm.fake_server import KEY, MODEL, answer_of, running, scores_of
 from xopd.config import Config
-from xopd.models import demo
+from xopd.models import demo, load_teacher
 from xopd.run import save_speech_lm
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -42,6 +43,25 @@ def make_config(make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactor
         return make_config(out, *models, *overrides)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served(
+    make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, ...]]:
+    """Overrides that have the pair's teacher score behind HTTP."""
+    folder = tmp_path_factory.mktemp("served")
+    (folder / "key").write_text(KEY)
+    lm = load_teacher(make_config(folder / "run").model.teacher)
+    with running(folder) as (server, url):
+        server.state.scores = lambda ids: scores_of(lm, ids)
+        server.state.answers = lambda ids, limit: answer_of(lm, ids, limit)
+        server.state.max_model_len = 4096
+        yield (
+            f"teacher.urls={url}",
+            f"teacher.model={MODEL}",
+            f"http.api_key_file={folder / 'key'}",
+        )
 
 
 @pytest.fixture(scope="session")

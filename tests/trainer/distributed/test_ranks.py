@@ -35,7 +35,10 @@ BATCH = ("rollout.prompts_per_step=4", "rollout.rollouts_per_prompt=2", f"train.
 # clipped: that would hide a wrong factor.
 SMOOTH = (*BATCH, "optim.eps=1e-3", "optim.max_grad_norm=1000000")
 RELATIVE_ERROR = 1e-6  # of the L2 norm of a tensor, fp32
-TIMINGS = ("rollout_s", "teacher_s", "update_s", "tokens_per_s")
+TIMINGS = (
+    *("sync_s", "rollout_s", "teacher_s", "update_s"),
+    *("tokens_per_s", "tflop_s", "peak_memory_gb"),
+)
 
 
 def written(folder: Path, config: Config) -> str:
@@ -56,6 +59,7 @@ class Case(NamedTuple):
     is_balanced: bool = True
     recomputes: bool = False
     rate: str = "1e-3"
+    is_served: bool = False  # the teacher: by a server, or by the ranks
 
     @property
     def name(self) -> str:
@@ -72,23 +76,28 @@ class Case(NamedTuple):
 
 
 # At rate 0 all gradients are at the same weights: what differs is the order of sums alone.
+KINDS = [(rate, is_served) for rate in ("1e-3", "0.0") for is_served in (False, True)]
 CASES = [Case(passes, balanced, rate="0.0") for passes in (1, 4) for balanced in (True, False)]
 CASES += [Case(1), Case(4, is_balanced=False), Case(1, recomputes=True)]
+CASES += [Case(1, rate="0.0", is_served=True), Case(4, is_served=True)]
 
 
 @pytest.fixture(scope="module")
 def single(
-    tmp_path_factory: pytest.TempPathFactory, make_config: MakeConfig, launch: Launch
-) -> dict[str, list[dict[str, Tensor]]]:
-    """The steps of one process in one pass, for each learning rate."""
+    tmp_path_factory: pytest.TempPathFactory,
+    make_config: MakeConfig,
+    launch: Launch,
+    served: tuple[str, ...],
+) -> dict[tuple[str, bool], list[dict[str, Tensor]]]:
+    """The steps of one process in one pass, for each learning rate and teacher."""
     root, jobs = tmp_path_factory.mktemp("single"), []
-    for rate in ("1e-3", "0.0"):
-        out = root / rate
+    for rate, is_served in KINDS:
+        out = root / f"{rate}_{is_served}"
         overrides = (*SMOOTH, "train.micro_batch=16", f"optim.learning_rate={rate}")
-        config = written(out, make_config(out / "run", *overrides))
-        jobs.append({"kind": "trace", "config": config, "out": str(out)})
+        config = make_config(out / "run", *overrides, *(served if is_served else ()))
+        jobs.append({"kind": "trace", "config": written(out, config), "out": str(out)})
     launch(0, jobs)
-    return {rate: traced(root / rate) for rate in ("1e-3", "0.0")}
+    return {kind: traced(root / f"{kind[0]}_{kind[1]}") for kind in KINDS}
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["ranks2", "ranks4"])
@@ -97,13 +106,15 @@ def on_ranks(
     tmp_path_factory: pytest.TempPathFactory,
     make_config: MakeConfig,
     launch: Launch,
+    served: tuple[str, ...],
 ) -> Path:
     """Every case on that many ranks, one launch for all."""
     ranks = request.param
     root, jobs = tmp_path_factory.mktemp(f"ranks{ranks}"), []
     for case in CASES:
         out = root / case.name
-        config = written(out, make_config(out / "run", *case.overrides(ranks)))
+        overrides = [*case.overrides(ranks), *(served if case.is_served else ())]
+        config = written(out, make_config(out / "run", *overrides))
         jobs.append({"kind": "trace", "config": config, "out": str(out)})
     launch(ranks, jobs)
     return root
@@ -111,11 +122,12 @@ def on_ranks(
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_ranks_equal_one_process(
-    single: dict[str, list[dict[str, Tensor]]], on_ranks: Path, case: Case
+    single: dict[tuple[str, bool], list[dict[str, Tensor]]], on_ranks: Path, case: Case
 ) -> None:
     """Loss and parameters of all steps; at rate 0 every gradient tensor as well."""
     worst: dict[str, float] = {}
-    for one, many in zip(single[case.rate], traced(on_ranks / case.name), strict=True):
+    expected_steps = single[case.rate, case.is_served]
+    for one, many in zip(expected_steps, traced(on_ranks / case.name), strict=True):
         assert one.keys() == many.keys()
         for name, expected in one.items():
             kind = name.partition(".")[0]
@@ -126,6 +138,15 @@ def test_ranks_equal_one_process(
         # Gradients at weights that differ by 1e-8: those that cancel, of k_norm, differ by more.
         del worst["gradient"]
     assert max(worst.values()) <= RELATIVE_ERROR, worst
+
+
+def test_a_served_teacher_teaches_as_a_local_one(
+    single: dict[tuple[str, bool], list[dict[str, Tensor]]],
+) -> None:
+    for one, two in zip(single["1e-3", False], single["1e-3", True], strict=True):
+        for name, expected in one.items():
+            if name.startswith("parameter."):
+                assert (two[name] - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 def fingerprint(run: Path) -> dict[str, object]:

@@ -1,0 +1,43 @@
+"""`xopd serve`: what it would start, and what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from xopd.cli import main
+
+CONFIG = "model: {student: STUDENT, teacher: TEACHER}\ndata: {path: corpus}\n"
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def test_the_student(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["server.url=http://127.0.0.1:8123", "vllm.max_model_len=512"]
+    assert main(["serve", "student", config, *overrides, "--print"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"VLLM_SERVER_DEV_MODE=1 {sys.executable} -m vllm.")
+    assert "--host 127.0.0.1 --port 8123" in text
+    assert "--max-model-len 512" in text
+
+
+def test_the_second_teacher(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    urls = "teacher.urls=http://127.0.0.1:8001,http://127.0.0.1:8002"
+    assert main(["serve", "teacher", config, urls, "--replica", "1", "--print"]) == 0
+    text = capsys.readouterr().out
+    assert "--model TEACHER --host 127.0.0.1 --port 8002" in text
+    assert "DEV_MODE" not in text
+    assert main(["serve", "teacher", config, urls, "--replica", "2", "--print"]) == 2
+    assert "give 0 to 1" in capsys.readouterr().err
+
+
+def test_no_teacher_is_served(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "teacher", config, "--print"]) == 2
+    assert "set teacher.urls" in capsys.readouterr().err

@@ -4,11 +4,12 @@ PYTHON ?= python3
 # pip's order than the plain 2.13.0 with its CUDA packages, so the plain pin takes it.
 TORCH ?= torch==2.13.0
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 NATIVE := setup.py $(wildcard csrc/*/*.h csrc/*/*.cpp)  # built by the pip install of the package
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
-.PHONY: help setup demo test check lint type test-distributed test-faults test-reference \
+.PHONY: help setup demo test check lint type test-distributed test-faults test-vllm test-reference \
 	test-interpret test-compile test-sanitize test-gpu smoke bench bench-cpu clean
 
 help:  ## this list
@@ -39,7 +40,8 @@ demo: $(VENV)/train  ## close the speech/text gap of the bundled model; about 8 
 	$(BIN)/xopd demo
 
 test: $(VENV)/peers  ## the tests that need no GPU and no interpreter
-	$(BIN)/python -m pytest -m "not interpret and not compile and not distributed and not faults"
+	$(BIN)/python -m pytest \
+		-m "not interpret and not compile and not distributed and not faults and not vllm"
 
 # More ranks than CI has cores, and ten resumed runs, take minutes: `make check` leaves them out.
 ONLY :=
@@ -47,8 +49,19 @@ check: ONLY := not ranks4 and not every_cut
 test-distributed: $(VENV)/dev  ## the trainer on 2 and 4 ranks (gloo) against one process
 	$(BIN)/python -m pytest -m distributed -k "$(ONLY)" tests/trainer/distributed
 
-test-faults: $(VENV)/dev  ## 100 kills during a save, 100 corrupted checkpoints; prints its figures
-	$(BIN)/python -m pytest -s -m faults tests/trainer
+test-faults: $(VENV)/dev  ## servers that fail, 100 kills during a save, 100 corruptions; prints figures
+	$(BIN)/python -m pytest -s -m "faults or server_faults" tests/trainer tests/vllm
+
+# An environment of its own, because vLLM needs other releases of much that the trainer uses.
+$(VLLM)/ready: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile setuptools '$(TORCH)'
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps \
+		-r requirements-vllm.txt
+	@touch $@
+
+test-vllm: $(VENV)/train $(VLLM)/ready  ## a real vLLM samples for the trainer and scores for its teacher
+	PYTHONPATH=$(CURDIR) $(VLLM)/bin/python -m pytest -m vllm tests/vllm
 
 test-reference: $(VENV)/peers  ## the tests of the operators on REFERENCE, where `test` has NATIVE
 	$(BIN)/python -m pytest --reference -m "not interpret and not compile and not gpu" \
@@ -100,8 +113,8 @@ bench-cpu: $(VENV)/peers  ## the tables of this CPU, hours, goes on where it end
 	$(BIN)/python -m pytest benchmarks/test_cpu.py --benchmark-autosave
 
 # The longest lanes first, so that two at a time end together.
-check: test test-interpret test-distributed test-reference smoke test-compile test-sanitize lint type  ## what CI runs
+check: test test-interpret test-vllm test-distributed test-reference smoke test-compile test-sanitize lint type  ## what CI runs
 
 clean:  ## remove the environment and caches; runs/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build \
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build \
 		xopd_kernels/*.so

@@ -22,6 +22,7 @@ examples:
   xopd doctor                                   what this machine can run, and why not the rest
   xopd plan qwen3_omni_30b_a3b_thinker          what fits on a cluster, and how long a step takes
   xopd serve student my.yaml                    a vLLM server for rollouts of that run
+  xopd export runs/xopd/student EMPTY_FOLDER    the trained language model alone, for vLLM
   xopd bench --smoke                            our operators beside every other library's
 """
 
@@ -102,6 +103,12 @@ def _add_serve(commands: Parsers[argparse.ArgumentParser]) -> None:
     from xopd.vllm.cli import add_serve_parser
 
     add_serve_parser(commands)
+
+
+def _add_export(commands: Parsers[argparse.ArgumentParser]) -> None:
+    from xopd.vllm.cli import add_export_parser
+
+    add_export_parser(commands)
 
 
 def _add_demo(commands: Parsers[argparse.ArgumentParser]) -> None:
@@ -282,6 +289,7 @@ _COMMANDS: dict[str, tuple[Callable[[Parsers[argparse.ArgumentParser]], None], s
     "report": (_add_report, "train"),
     "plan": (_add_plan, "train"),
     "serve": (_add_serve, "train"),
+    "export": (_add_export, "train"),
     "bench": (_add_bench, "bench"),
     "doctor": (_add_doctor, "train"),
 }

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from xopd.config import LossConfig
-from xopd.head import fused_head
+from xopd.head import Head, fused_head
 from xopd.models import SpeechLM
 from xopd.scoring import embed, layout, positions, support_bias
 from xopd.types import Modality, Rollout
@@ -88,7 +88,9 @@ def policy_loss(
 ) -> tuple[Tensor, list[TokenStats]]:
     """Loss (scalar fp32 with gradient) and token statistics of a micro-batch of scored rollouts.
 
-    The student's hidden states go into ``linear_policy_loss`` inside ``lm_head.forward``.
+    The student's hidden states go into ``linear_policy_loss`` in place of lm_head. With a
+    vocabulary-parallel head the loss is this rank's part in as many as there are ranks of the loss
+    of all their rows.
     """
     batch = layout(rows, student)
     teacher = [r.teacher_logprob for r in rows if r.teacher_logprob is not None]
@@ -97,25 +99,30 @@ def policy_loss(
         raise ValueError("every rollout needs teacher_logprob before the loss.")
     if old and len(old) != len(rows):
         raise ValueError("old_logprob must be set on all rollouts of a batch or on none.")
-    weight_of_token = batch.scatter([token_weight(r, sizes, config) for r in rows])
+    weights = batch.scatter([token_weight(r, sizes, config) for r in rows])
+    values = [batch.target, batch.scatter(teacher), weights]
+    values += [batch.scatter(old)] if old else []
 
-    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> PolicyLoss:
+    def op(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> PolicyLoss:
+        target, teacher_logprob, weight_of_token, *old_logprob = values
         return linear_policy_loss(
             hidden,
-            weight,
-            batch.target,
-            teacher_logprob=batch.scatter(teacher),
-            old_logprob=batch.scatter(old) if old else None,
+            head.weight,
+            target,
+            teacher_logprob=teacher_logprob,
+            old_logprob=old_logprob[0] if old_logprob else None,
             token_weight=weight_of_token,
             clip_low=config.clip_low,
             clip_high=config.clip_high,
             advantage_clamp=config.advantage_clamp,
-            bias=support_bias(student, weight, bias),
+            bias=support_bias(student, head),
             temperature=temperature,
+            vocab_group=head.group,
             backend=backend,
         )
 
-    with fused_head(student.lm_head, op):
+    is_parallel = student.is_vocab_parallel
+    with fused_head(student.model, op, values, is_vocab_parallel=is_parallel):
         result: PolicyLoss = student.model(
             inputs_embeds=embed(student, batch), position_ids=positions(batch), use_cache=False
         ).logits

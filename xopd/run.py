@@ -17,7 +17,6 @@ import torch
 
 from xopd.config import (
     Config,
-    Dtype,
     HttpConfig,
     ServerConfig,
     ShardingConfig,
@@ -199,12 +198,8 @@ def prepare(config: Config, world: World) -> Run:
         evaluation=load_evaluation_set(config, student, teacher, world),
         engine=make_engine(config, student, prompts, world),
         world=world,
-        usage=Usage(student, world, _computes_in(config)),
+        usage=Usage(student, world, config),
     )
-
-
-def _computes_in(config: Config) -> torch.dtype:
-    return torch.float32 if config.model.dtype is Dtype.FP32 else torch.bfloat16
 
 
 def check_folder(directory: Path, config: Config) -> None:

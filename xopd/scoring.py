@@ -13,13 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from xopd.head import fused_head
+from xopd.head import IGNORE, Head, fused_head
 from xopd.models import SpeechLM, TextLM
 from xopd.types import Modality, Rollout
-from xopd_kernels import linear_logprob
+from xopd_kernels import LinearLogprob, linear_logprob
 from xopd_kernels.backend import BackendChoice
-
-IGNORE = -100
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,18 +72,22 @@ def embed(lm: SpeechLM | TextLM, batch: TokenBatch) -> Tensor:
     return lm.embed(batch.ids, speech)
 
 
-def support_bias(lm: SpeechLM | TextLM, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """The lm_head bias [V] with -inf at ids that rollouts never sample; a TextLM's own bias.
+def support_bias(lm: SpeechLM | TextLM, head: Head) -> Tensor | None:
+    """The lm_head bias [V], -inf at ids that rollouts never sample; a TextLM's own bias.
+
+    Of the head's classes, where it has not all of them.
 
     Rollouts suppress reserved ids, so the policy that sampled is the softmax over the others.
     Scoring over all of V would be another policy, and its update would reward mass on ids that
     cannot be drawn.
     """
     if isinstance(lm, TextLM):
-        return bias
-    mask = weight.new_zeros(weight.shape[0])
-    mask[list(lm.reserved_ids)] = -torch.inf
-    return mask if bias is None else bias + mask
+        return head.bias
+    classes = head.weight.shape[0]
+    mask = head.weight.new_zeros(classes)
+    first = head.first_class
+    mask[[i - first for i in lm.reserved_ids if first <= i < first + classes]] = -torch.inf
+    return mask if head.bias is None else head.bias + mask
 
 
 @torch.no_grad()
@@ -109,18 +111,20 @@ def _scored(
 ) -> list[Tensor]:
     batch = layout(rows, lm)
 
-    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> LinearLogprob:
+        (target,) = values
         return linear_logprob(
             hidden,
-            weight,
-            batch.target,
-            bias=support_bias(lm, weight, bias),
+            head.weight,
+            target,
+            bias=support_bias(lm, head),
             temperature=temperature,
+            vocab_group=head.group,
             backend=backend,
-        ).logprob
+        )
 
-    with fused_head(lm.model.get_output_embeddings(), op):
-        logprob = lm.model(
+    with fused_head(lm.model, op, [batch.target], is_vocab_parallel=lm.is_vocab_parallel):
+        found: LinearLogprob = lm.model(
             inputs_embeds=embed(lm, batch), position_ids=positions(batch), use_cache=False
         ).logits
-    return batch.gather(logprob)
+    return batch.gather(found.logprob)

@@ -169,6 +169,10 @@ class ShardingConfig(Section):
     """Keep weights, gradients and optimizer state in host memory; layers visit the GPU."""
     checkpoint_activations: bool = False
     """Recompute each layer in the backward pass in place of keeping its activations."""
+    vocab_parallel_head: bool = False
+    """Never gather lm_head: each rank computes the loss of all ranks' tokens with its own part of
+    the vocabulary. Saves V D weights and as many fp32 gradients on each rank, and moves hidden
+    states in their place: for large vocabularies and few tokens a pass."""
     balance_tokens: bool = True
     """Deal a step's rollouts out so that ranks have equal numbers of tokens; false: in turn."""
 

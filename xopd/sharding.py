@@ -2,7 +2,7 @@
 
 Each rank reads its own shard of each weight, so no rank ever holds a whole copy, whatever the
 family: dense or mixture of experts. transformers' plan of a family says which modules are gathered
-on their own: layers and the embedding; what it does not name, of an Omni thinker the lm_head and
+on their own: layers and the embedding, and here lm_head; what it does not name, of an Omni thinker
 most of the towers, belongs to the root and stays gathered for the whole pass.
 """
 
@@ -20,8 +20,13 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 
+from xopd.errors import UserError
 from xopd.ranks import CPU, World
 from xopd.sections import Dtype, ShardingConfig
+
+
+class ShardingError(UserError):
+    """A way to shard that this machine does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,7 @@ class Placement:
 
     device: torch.device = CPU
     distributed: DistributedConfig | None = None
+    is_vocab_parallel: bool = False  # lm_head's weight is not gathered for loss and scores
 
     def options(self) -> dict[str, Any]:
         """What `from_pretrained` takes; a sharded model is placed while it is read."""
@@ -43,15 +49,29 @@ class Placement:
 
 def placement(world: World, dtype: Dtype, config: ShardingConfig) -> Placement:
     """Each rank's shards of every weight; on its device for a single rank."""
+    if config.cpu_offload and world.device.type == "cpu":
+        raise ShardingError(
+            "sharding.cpu_offload is true, but this run computes in host memory: set it to false"
+        )
     if world.size == 1:
+        if config.cpu_offload:
+            raise ShardingError(
+                "sharding.cpu_offload is true, but there is one rank and nothing is sharded: start "
+                "several with torchrun, or set it to false"
+            )
         return Placement(world.device)
+    is_parallel = config.vocab_parallel_head
     return Placement(
         world.device,
         DistributedConfig(
             fsdp_size=world.size,
             fsdp_cpu_offload=config.cpu_offload,
             fsdp_mixed_precision=dtype is Dtype.BF16,
+            # On its own: else the root gathers it for the whole of a pass. Vocabulary-parallel it
+            # is gathered for evaluations alone, and not together with the norm before it.
+            fsdp_plan={"lm_head": "free_full_weight" if is_parallel else "keep_full_weight"},
         ),
+        is_parallel,
     )
 
 

@@ -111,7 +111,7 @@ def run_step(
         "staleness": step - min(row.version for row in sampled),
         "sync_mismatch": mismatch,
     }
-    record |= used
+    record |= used | run.usage.planned([share.passes for share in shares])
     return StepResult(record, stats, updates, following)
 
 

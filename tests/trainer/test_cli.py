@@ -17,7 +17,18 @@ from xopd.doctor import HeadShape, eager_logit_bytes, loss_memory
 from xopd_kernels import Backend
 
 MakeConfig = Callable[..., Config]
-COMMANDS = ("demo", "data", "config", "train", "eval", "report", "plan", "serve", "doctor")
+COMMANDS = (
+    "demo",
+    "data",
+    "config",
+    "train",
+    "eval",
+    "report",
+    "plan",
+    "serve",
+    "export",
+    "doctor",
+)
 
 
 @pytest.fixture

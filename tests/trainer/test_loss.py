@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xopd.config import LossConfig
-from xopd.head import fused_head
+from xopd.head import Head, fused_head
 from xopd.loss import policy_loss, step_sizes, token_weight
 from xopd.models import SpeechLM
 from xopd.types import Modality, Rollout
@@ -104,16 +104,23 @@ def test_unscored_rollouts_are_refused(student: SpeechLM, rollouts: MakeRollouts
         loss(half)
 
 
-def test_fused_head_is_undone_and_does_not_nest() -> None:
-    head = nn.Linear(4, 3)
-    hidden = torch.randn(2, 4)
-    plain = head(hidden)
-    with fused_head(head, lambda hidden, weight, bias: (hidden, weight, bias)):
-        found = head(hidden)
-        assert found[0] is hidden and found[1] is head.weight and found[2] is head.bias
-        with pytest.raises(RuntimeError, match="do not nest"), fused_head(head, lambda *_: None):
+def test_fused_head_is_undone_and_does_not_nest(student: SpeechLM) -> None:
+    lm_head = student.lm_head
+    hidden, target = torch.randn(2, lm_head.in_features), torch.tensor([3, 4])
+    plain = lm_head(hidden)
+
+    def show(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return (hidden, head.weight, *values)
+
+    def fail(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        raise ZeroDivisionError
+
+    with fused_head(student.model, show, [target]):
+        found = lm_head(hidden)
+        assert found[0] is hidden and found[1] is lm_head.weight and found[2] is target
+        with pytest.raises(RuntimeError, match="do not nest"), fused_head(student.model, show):
             pass
-    assert torch.equal(head(hidden), plain)
-    with pytest.raises(ZeroDivisionError), fused_head(head, lambda *_: 1 // 0):
-        head(hidden)
-    assert torch.equal(head(hidden), plain)
+    assert torch.equal(lm_head(hidden), plain)
+    with pytest.raises(ZeroDivisionError), fused_head(student.model, fail):
+        lm_head(hidden)
+    assert torch.equal(lm_head(hidden), plain)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -16,6 +16,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from xopd.head import Head as LmHead
 from xopd.head import fused_head
 from xopd.loss import policy_loss, step_sizes
 from xopd.models import SpeechLM
@@ -24,7 +25,7 @@ from xopd.plan.activations import Precision, kept_bytes
 from xopd.plan.losses import Head, HeadWork, loss_bytes, scoring_bytes
 from xopd.sections import LossConfig
 from xopd.types import Modality, Prompt, Rollout
-from xopd_kernels import Backend, linear_policy_loss
+from xopd_kernels import Backend, PolicyLoss, linear_policy_loss
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 
@@ -209,18 +210,18 @@ def one_pass(model: PreTrainedModel, ids: Tensor) -> None:
     embedded = model.get_input_embeddings()(ids)
     weights = torch.full(ids.shape, 1.0 / ids.numel())
 
-    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def op(hidden: Tensor, head: LmHead, values: Sequence[Tensor]) -> PolicyLoss:
         return linear_policy_loss(
             hidden,
-            weight,
+            head.weight,
             ids,
             teacher_logprob=torch.full(ids.shape, -4.0),
             token_weight=weights,
             backend=Backend.REFERENCE,
-        ).loss
+        )
 
-    with fused_head(model.get_output_embeddings(), op):
-        model(inputs_embeds=embedded, use_cache=False).logits.backward()
+    with fused_head(model, op):
+        model(inputs_embeds=embedded, use_cache=False).logits.loss.backward()
 
 
 def peak_bytes(run: Callable[[], object]) -> int:

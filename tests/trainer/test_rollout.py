@@ -12,12 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from xopd.config import RolloutConfig
 from xopd.data.corpus import SpokenPrompt
+from xopd.head import IGNORE
 from xopd.models import SpeechLM, TextLM
 from xopd.models.demo import build_teacher
 from xopd.prompts import PromptStore
 from xopd.ranks import ALONE
 from xopd.rollout import GenerateEngine, Sampled, generate, requests_of_step
-from xopd.scoring import IGNORE, layout, score
+from xopd.scoring import layout, score
 from xopd.types import Modality, Prompt, Rollout
 from xopd_kernels import Backend
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from xopd.config import Config
 from xopd.models import SpeechLM
 from xopd.plan import shape_of
 from xopd.ranks import ALONE
 from xopd.rollout import Request, Sampled
-from xopd.types import Modality
+from xopd.types import Modality, Prompt, Rollout
 from xopd.usage import Usage, peak_flops, update_flops
 
 
@@ -37,13 +41,24 @@ def test_prompt_tokens_do_not_meet_the_head(student: SpeechLM) -> None:
     assert more - less == pytest.approx(6.0 * shape.vocabulary * shape.hidden)
 
 
-def test_the_record_of_an_update(student: SpeechLM) -> None:
-    usage = Usage(student, ALONE, torch.float32)
+def test_the_record_of_an_update(
+    student: SpeechLM, make_config: Callable[..., Config], tmp_path: Path
+) -> None:
+    usage = Usage(student, ALONE, make_config(tmp_path))
     rows = rows_of([(10, 5), (20, 7)])
     slow, fast = usage.of_update(rows, 2.0), usage.of_update(rows, 1.0)
     assert fast["tflop_s"] == pytest.approx(2 * slow["tflop_s"])
     assert "mfu" not in fast  # this processor is on no data sheet
     assert 0.05 < fast["peak_memory_gb"] < 100
+    rollout = Rollout(
+        Prompt("", "", (1,) * 9, (1,), torch.zeros(0, 128), "", ""),
+        Modality.TEXT,
+        (20,) * 11,
+        is_finished=True,
+    )
+    few, many = (usage.planned([[[rollout] * n]])["planned_memory_gb"] for n in (8, 16))
+    weights = 16e-9 * shape_of(student.model, "student").trained_parameters
+    assert weights < few < many < 0.1
 
 
 @pytest.mark.parametrize(

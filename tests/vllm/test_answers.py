@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from tests.vllm.fake_server import (
 from tests.vllm.shared import CALLS, MAX_TOKENS, ROWS, SAMPLING, Weights, backend_of, teacher_of
 from xopd.vllm.http import ServerError
 from xopd.vllm.options import HttpConfig, VllmError
+
+Tally = Counter[str]
+pytestmark = pytest.mark.server_faults
 
 
 def choice_of(body: Body) -> Body:
@@ -95,13 +99,14 @@ SAMPLES: dict[str, Callable[[Body], object]] = {
 
 @pytest.mark.parametrize("fault", SAMPLES)
 def test_a_sample_that_is_wrong(
-    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str, tally: Tally
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     server[0].state.content, server[0].state.routes = SAMPLES[fault], PHASES["call"]
     for call in CALLS:
         with pytest.raises(ServerError):
             backend.generate([call], SAMPLING)
+    tally["content of samples"] += 1
 
 
 def test_a_sample_of_another_prompt(
@@ -154,11 +159,12 @@ SCORES: dict[str, Callable[[Body], object]] = {
 
 @pytest.mark.parametrize("fault", SCORES)
 def test_a_score_that_is_wrong(
-    server: tuple[FakeServer, str], patient: HttpConfig, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, fault: str, tally: Tally
 ) -> None:
     teacher = teacher_of(server[1], patient)
     server[0].state.content, server[0].state.routes = SCORES[fault], PHASES["call"]
     assert all(isinstance(one, ServerError) for one in teacher.score(ROWS))
+    tally["content of scores"] += 1
 
 
 def test_one_wrong_score_leaves_the_others(
@@ -186,7 +192,7 @@ FINGERPRINTS: dict[str, Callable[[Body], object]] = {
 
 @pytest.mark.parametrize("fault", FINGERPRINTS)
 def test_a_fingerprint_that_is_wrong(
-    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path, fault: str, tally: Tally
 ) -> None:
     backend = backend_of(server[1], patient, tmp_path)
     weights = Weights(1.0)
@@ -201,6 +207,7 @@ def test_a_fingerprint_that_is_wrong(
     server[0].state.content, server[0].state.routes = content, ("/collective_rpc",)
     with pytest.raises(VllmError):
         backend.check(weights.fingerprint, 1)
+    tally["content of weight syncs"] += 1
 
 
 def test_weights_that_never_arrive(

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from xopd.cli import main
+from xopd.models import load_student
 
 CONFIG = "model: {student: STUDENT, teacher: TEACHER}\ndata: {path: corpus}\n"
 
@@ -41,3 +44,18 @@ def test_the_second_teacher(config: str, capsys: pytest.CaptureFixture[str]) -> 
 def test_no_teacher_is_served(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "teacher", config, "--print"]) == 2
     assert "set teacher.urls" in capsys.readouterr().err
+
+
+def test_an_exported_student_is_a_plain_language_model(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = repository / "xopd/assets/demo/student", tmp_path / "out"
+    assert main(["export", str(source), str(out), "--dtype", "fp32"]) == 0
+    student = load_student(str(source))
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(12, 40)[None]
+    with torch.no_grad():
+        expected = student.model(input_ids=ids).logits
+        torch.testing.assert_close(exported(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+    assert main(["export", str(source), str(out)]) == 2
+    assert "is not empty" in capsys.readouterr().err

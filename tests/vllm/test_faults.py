@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,9 @@ from tests.vllm.shared import (
 from xopd.vllm.http import ServerError
 from xopd.vllm.options import HttpConfig
 
+Tally = Counter[str]
+pytestmark = pytest.mark.server_faults
+
 
 def test_samples_and_scores_without_a_fault(
     server: tuple[FakeServer, str], patient: HttpConfig, tmp_path: Path
@@ -58,27 +62,31 @@ def test_samples_and_scores_without_a_fault(
 
 @pytest.mark.parametrize("fault", TRANSPORT)
 def test_at_start(
-    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str, tally: Tally
 ) -> None:
     server[0].state.transport, server[0].state.routes = fault, PHASES["start"]
     with in_time(1, short):
         backend_of(server[1], short, tmp_path)
     with in_time(1, short):
         teacher_of(server[1], short)
+    tally["transport, at start"] += 1
 
 
 @pytest.mark.parametrize("fault", TRANSPORT)
 def test_while_sampling(
-    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str, tally: Tally
 ) -> None:
     backend = backend_of(server[1], short, tmp_path)
     server[0].state.transport, server[0].state.routes = fault, PHASES["call"]
     with in_time(1, short):
         backend.generate(CALLS, SAMPLING)
+    tally["transport, while sampling"] += 1
 
 
 @pytest.mark.parametrize("fault", TRANSPORT)
-def test_while_scoring(server: tuple[FakeServer, str], short: HttpConfig, fault: str) -> None:
+def test_while_scoring(
+    server: tuple[FakeServer, str], short: HttpConfig, fault: str, tally: Tally
+) -> None:
     teacher = teacher_of(server[1], short)
     server[0].state.transport, server[0].state.routes = fault, PHASES["call"]
     start_s = time.monotonic()
@@ -86,11 +94,12 @@ def test_while_scoring(server: tuple[FakeServer, str], short: HttpConfig, fault:
     assert time.monotonic() - start_s < short.deadline_s + SLACK_S
     assert len(scores) == len(ROWS)
     assert all(isinstance(one, ServerError) for one in scores)
+    tally["transport, while scoring"] += 1
 
 
 @pytest.mark.parametrize("fault", TRANSPORT)
 def test_while_weights_are_sent(
-    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str
+    server: tuple[FakeServer, str], short: HttpConfig, tmp_path: Path, fault: str, tally: Tally
 ) -> None:
     backend = backend_of(server[1], short, tmp_path)
     server[0].state.transport, server[0].state.routes = fault, PHASES["sync"]
@@ -98,6 +107,7 @@ def test_while_weights_are_sent(
     with in_time(2, short):  # one for load, one for check
         backend.load(weights, 1)
         backend.check(weights.fingerprint, 1)
+    tally["transport, while weights are sent"] += 1
 
 
 @pytest.mark.parametrize("fault", PASSING)

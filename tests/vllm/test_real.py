@@ -7,14 +7,9 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tests.vllm.models import Store, demo_student, disturb, rollout_config, scorer
+from tests.vllm.real import BOUND, OPTIONS, REAL, free_port, serving
 from xopd.models import SpeechLM, load_teacher
 from xopd.prompts import PromptStore
 from xopd.ranks import World
@@ -32,7 +28,7 @@ from xopd.sections import Dtype
 from xopd.types import Modality, Rollout
 from xopd.vllm.engine import Backend, VllmEngine
 from xopd.vllm.folder import write_folder, write_weights
-from xopd.vllm.http import Deadline, HttpClient, ServerError
+from xopd.vllm.http import Deadline, HttpClient
 from xopd.vllm.local import LocalBackend
 from xopd.vllm.options import HttpConfig, ServerConfig, TeacherConfig, VllmConfig, VllmError
 from xopd.vllm.server import ServerBackend, serve_command, teacher_command
@@ -40,30 +36,14 @@ from xopd.vllm.sync import LanguageModel
 from xopd.vllm.teacher import Trajectory, VllmTeacher
 from xopd_kernels import Backend as Kernels
 
-# Found, not imported: engines and servers of these tests are processes of their own.
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(
-        find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm has it"
-    ),
-]
+pytestmark = REAL
 
-# What fp32 on both sides leaves: other kernels, another order of sums.
-BOUND = 2e-3
-OPTIONS = VllmConfig(
-    max_model_len=256,
-    max_num_seqs=32,
-    kv_cache_bytes=128 * 2**20,
-    enforce_eager=True,
-    probe_tolerance=BOUND,
-)
 REQUESTS = [
     Request(number, modality, 1000 + i)
     for i, (number, modality) in enumerate(
         (n, m) for m in Modality for n in (0, 1, 2) for _ in range(4)
     )
 ]
-KEY_ENV = "XOPD_TEST_VLLM_KEY"
 
 
 def engine_of(
@@ -117,8 +97,8 @@ def student(repository: Path) -> SpeechLM:
     return demo_student(repository)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_an_engine_in_a_child_process(student: SpeechLM, temperature: float) -> None:
+def test_an_engine_in_a_child_process(student: SpeechLM) -> None:
+    temperature = 0.7
     engine = engine_of(student, LocalBackend(student, OPTIONS, ranks=1), temperature)
     try:
         check_a_run(student, engine, temperature)
@@ -175,43 +155,6 @@ engine.close()
     )
     assert done.returncode == 0, done.stderr[-3000:]
     print(done.stdout)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-@contextmanager
-def serving(command: list[str], environment: dict[str, str], url: str, log: Path) -> Iterator[None]:
-    """A server that answers, ended with the block."""
-    root = str(Path(__file__).resolve().parents[2])
-    whole = os.environ | environment | {"VLLM_API_KEY": "a-key", "PYTHONPATH": root}
-    whole.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    client = HttpClient(url, HttpConfig(retries=0, attempt_s=2.0))
-    with log.open("wb") as output:
-        server = subprocess.Popen(command, env=whole, stdout=output, stderr=output)
-        try:
-            end_s = time.monotonic() + 240
-            while time.monotonic() < end_s and server.poll() is None:
-                try:
-                    client.get("/version", Deadline(2.0))
-                    break
-                except ServerError:
-                    time.sleep(0.5)
-            else:
-                pytest.fail(log.read_text()[-4000:])
-            yield
-        finally:
-            server.terminate()
-            server.wait(60)
-
-
-@pytest.fixture
-def http(monkeypatch: pytest.MonkeyPatch) -> HttpConfig:
-    monkeypatch.setenv(KEY_ENV, "a-key")
-    return HttpConfig(api_key_env=KEY_ENV, connections=8)
 
 
 def test_a_server(student: SpeechLM, http: HttpConfig, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class TextLM:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    is_vocab_parallel: bool = False  # scored with each rank's own classes of lm_head
 
     @property
     def eos_id(self) -> int:
@@ -91,6 +92,7 @@ class SpeechLM:
     feature_extractor: SequenceFeatureExtractor
     audio_id: int  # the placeholder that one audio embedding replaces
     reserved_ids: tuple[int, ...]  # ids that a rollout must never contain (media placeholders)
+    is_vocab_parallel: bool = False  # loss and scores with each rank's own classes of lm_head
 
     @property
     def eos_id(self) -> int:
@@ -250,7 +252,8 @@ def load_student(
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         extractor = WhisperFeatureExtractor.from_pretrained(path, revision=revision)
     placement.put(model)
-    return wrap_student(model, tokenizer, extractor)
+    student = wrap_student(model, tokenizer, extractor)
+    return replace(student, is_vocab_parallel=placement.is_vocab_parallel)
 
 
 def wrap_student(
@@ -292,7 +295,7 @@ def load_teacher(
     placement.put(model)
     model.requires_grad_(False)
     model.eval()
-    return TextLM(model=model, tokenizer=tokenizer)
+    return TextLM(model, tokenizer, placement.is_vocab_parallel)
 
 
 def load_vocabulary(

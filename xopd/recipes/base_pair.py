@@ -25,14 +25,14 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from xopd.config import OptimConfig
 from xopd.data.corpus import SpokenPrompt, decode_audio, log_mel
 from xopd.data.world import PROBES, Probe, Problem, answer_of, draw
-from xopd.head import fused_head
+from xopd.head import IGNORE, Head, fused_head
 from xopd.models.demo import build_student, build_teacher, copy_language_model
 from xopd.models.prompting import speech_prompt, text_prompt
 from xopd.models.speech_lm import AUDIO_LEAVES, SpeechLM, TextLM, audio_token_count, leaf_modules
 from xopd.optimizer import build_optimizer, learning_rate
-from xopd.scoring import IGNORE, embed, layout, positions
+from xopd.scoring import embed, layout, positions
 from xopd.types import Modality, Prompt, Rollout
-from xopd_kernels import linear_logprob
+from xopd_kernels import LinearLogprob, linear_logprob
 
 Log = Callable[[str, int, float], None]  # stage, step, loss
 
@@ -65,14 +65,14 @@ def nll(lm: SpeechLM | TextLM, rows: Sequence[Rollout]) -> Tensor:
     """Mean negative log-likelihood per response token, through ``linear_logprob``."""
     batch = layout(rows, lm)
 
-    def op(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return linear_logprob(hidden, weight, batch.target, bias=bias).logprob
+    def op(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> LinearLogprob:
+        return linear_logprob(hidden, head.weight, values[0], bias=head.bias)
 
-    with fused_head(lm.model.get_output_embeddings(), op):
-        logprob: Tensor = lm.model(
+    with fused_head(lm.model, op, [batch.target]):
+        found: LinearLogprob = lm.model(
             inputs_embeds=embed(lm, batch), position_ids=positions(batch), use_cache=False
         ).logits
-    return -logprob.sum() / int((batch.target != IGNORE).sum())
+    return -found.logprob.sum() / int((batch.target != IGNORE).sum())
 
 
 def _optimize(

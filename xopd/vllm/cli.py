@@ -1,4 +1,4 @@
-"""``xopd serve``: start a vLLM server of a run's student or teacher, as the run's config has it."""
+"""``xopd serve`` and ``xopd export``: servers of a run's models, and a student that vLLM loads."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ import argparse
 import os
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from xopd.config import Config, load_config
+from xopd.config import Config, Dtype, load_config
 from xopd.errors import UserError
+
+if TYPE_CHECKING:
+    from xopd.models import SpeechLM
 
 _DESCRIPTION = """\
 Writes what the server loads, and becomes the server (vLLM must be installed in this environment).
@@ -42,6 +46,37 @@ def add_serve_parser(commands: argparse._SubParsersAction[argparse.ArgumentParse
     parser.set_defaults(run=run_serve)
 
 
+def add_export_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """``xopd export``."""
+    parser = commands.add_parser(
+        "export",
+        help="write a student's language model as a folder that vLLM loads",
+        description="A run's student/ is the whole speech LLM, as transformers loads it. This "
+        "writes its language model alone, a plain Qwen3 (dense or MoE) with tokenizer, which vLLM "
+        "and AutoModelForCausalLM load; spoken prompts reach it as embeddings.",
+    )
+    parser.add_argument("student", help="folder or hub id of the speech LLM")
+    parser.add_argument("out", type=Path, help="a new or empty folder")
+    parser.add_argument(
+        "--dtype",
+        choices=[str(dtype) for dtype in Dtype],
+        default=str(Dtype.BF16),
+        help="of the weights; default: %(default)s",
+    )
+    parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Write the folder of a parsed command line."""
+    from xopd.models import load_student
+
+    if args.out.exists() and any(args.out.iterdir()):
+        raise UserError(f"{args.out} is not empty: name a new folder.")
+    _write(load_student(args.student), args.out, Dtype(args.dtype))
+    print(args.out)
+    return 0
+
+
 def run_serve(args: argparse.Namespace) -> int:
     """Become the server of a parsed command line."""
     config = load_config(args.config, args.overrides)
@@ -59,11 +94,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 def _student(config: Config, *, writes: bool) -> tuple[list[str], dict[str, str]]:
     from xopd.models import load_student
-    from xopd.vllm.engine import DTYPES
-    from xopd.vllm.folder import write_folder, write_weights
-    from xopd.vllm.options import Transport
     from xopd.vllm.server import serve_command
-    from xopd.vllm.sync import LanguageModel
 
     folder = Path(config.server.folder)
     if writes:
@@ -71,10 +102,17 @@ def _student(config: Config, *, writes: bool) -> tuple[list[str], dict[str, str]
         student = load_student(
             model.student, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-        write_folder(student, folder, config.vllm.dtype)
-        if config.server.transport is Transport.DISK:
-            write_weights(LanguageModel(student, DTYPES[config.vllm.dtype]), folder)
+        _write(student, folder, config.vllm.dtype)
     return serve_command(str(folder), config.server, config.vllm)
+
+
+def _write(student: SpeechLM, folder: Path, dtype: Dtype) -> None:
+    from xopd.vllm.engine import DTYPES
+    from xopd.vllm.folder import write_folder, write_weights
+    from xopd.vllm.sync import LanguageModel
+
+    write_folder(student, folder, dtype)
+    write_weights(LanguageModel(student, DTYPES[dtype]), folder)
 
 
 def _teacher(config: Config, replica: int) -> list[str]:

@@ -60,6 +60,7 @@ class Case(NamedTuple):
     recomputes: bool = False
     rate: str = "1e-3"
     is_served: bool = False  # the teacher: by a server, or by the ranks
+    has_local_head: bool = False  # lm_head: each rank with its own classes, or gathered
 
     @property
     def name(self) -> str:
@@ -72,6 +73,7 @@ class Case(NamedTuple):
             f"sharding.balance_tokens={str(self.is_balanced).lower()}",
             f"sharding.checkpoint_activations={str(self.recomputes).lower()}",
             f"optim.learning_rate={self.rate}",
+            f"sharding.vocab_parallel_head={str(self.has_local_head).lower()}",
         ]
 
 
@@ -80,6 +82,7 @@ KINDS = [(rate, is_served) for rate in ("1e-3", "0.0") for is_served in (False, 
 CASES = [Case(passes, balanced, rate="0.0") for passes in (1, 4) for balanced in (True, False)]
 CASES += [Case(1), Case(4, is_balanced=False), Case(1, recomputes=True)]
 CASES += [Case(1, rate="0.0", is_served=True), Case(4, is_served=True)]
+CASES += [Case(1, rate="0.0", has_local_head=True), Case(4, has_local_head=True)]
 
 
 @pytest.fixture(scope="module")

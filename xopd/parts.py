@@ -43,7 +43,7 @@ def load_pair(config: Config, world: World) -> tuple[Teacher, SpeechLM]:
     """Teacher and student of a config, checked against each other, each where it computes."""
     model = config.model
     where = placement(world, model.dtype, config.sharding)
-    words, teacher = _load_teacher(config, where)
+    words, teacher = world.together(lambda: _load_teacher(config, where))
     # The student keeps fp32 master weights and computes in bf16.
     student = load_student(
         model.student,

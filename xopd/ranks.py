@@ -77,17 +77,38 @@ class World:
             raise UserError(words)
         return found[0]
 
+    def together(self, work: Callable[[], T]) -> T:
+        """What ``work()`` returns on this rank; a UserError of one rank ends all of them."""
+        found: list[T] = []
+        problem: UserError | None = None
+        try:
+            found.append(work())
+        except UserError as error:
+            problem = error
+        words = self.gather(None if problem is None else str(problem))
+        if problem is not None:
+            raise problem
+        for rank, other in enumerate(words):
+            if other is not None:
+                raise UserError(f"rank {rank}: {other}")
+        return found[0]
+
     def deal(self, count: int, work: Callable[[int], T]) -> list[T]:
         """``[work(0), .., work(count - 1)]`` on every rank, each worked out by one of them.
 
         A rank that has none left repeats the last one: a sharded model needs all ranks in a pass.
         """
-        mine: list[tuple[int, T]] = []
-        for start in range(0, count, self.size):
-            number = start + self.rank
-            found = work(min(number, count - 1))
-            if number < count:
-                mine.append((number, found))
+
+        def share() -> list[tuple[int, T]]:
+            found: list[tuple[int, T]] = []
+            for start in range(0, count, self.size):
+                number = start + self.rank
+                answer = work(min(number, count - 1))
+                if number < count:
+                    found.append((number, answer))
+            return found
+
+        mine = self.together(share)
         answered = dict(item for part in self.gather(mine) for item in part)
         return [answered[number] for number in range(count)]
 

@@ -20,7 +20,6 @@ from xopd.config import (
     HttpConfig,
     ServerConfig,
     ShardingConfig,
-    TeacherConfig,
     VllmConfig,
     config_to_dict,
     load_config,
@@ -71,11 +70,13 @@ MAY_CHANGE = frozenset(
         *(
             f"{section}.{field.name}"
             for section, cls in (
-                *(("sharding", ShardingConfig), ("vllm", VllmConfig), ("server", ServerConfig)),
-                *(("teacher", TeacherConfig), ("http", HttpConfig)),
+                *(("sharding", ShardingConfig), ("vllm", VllmConfig)),
+                *(("server", ServerConfig), ("http", HttpConfig)),
             )
             for field in dataclasses.fields(cls)
+            if (section, field.name) != ("vllm", "dtype")  # it samples from another policy
         ),
+        "teacher.max_model_len",
     )
 )
 
@@ -217,6 +218,9 @@ def check_folder(directory: Path, config: Config) -> None:
             for name, value in values.items()
             if before[section][name] != value and f"{section}.{name}" not in MAY_CHANGE
         ]
+        # Other addresses of the same teacher; not one in place of the trainer's own.
+        if before["teacher"]["urls"] is not None and now["teacher"]["urls"] is not None:
+            changed = [change for change in changed if not change.startswith("teacher.urls:")]
         if changed:
             raise RunError(
                 f"{directory} holds a run with another config ({'; '.join(changed)}). "

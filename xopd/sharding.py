@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -23,6 +24,9 @@ from transformers.distributed import DistributedConfig
 from xopd.errors import UserError
 from xopd.ranks import CPU, World
 from xopd.sections import Dtype, ShardingConfig
+
+# Which modules are gathered on their own can be said since a release between 5.19 and 5.23.
+HAS_PLAN = "fsdp_plan" in DistributedConfig.__dataclass_fields__
 
 
 class ShardingError(UserError):
@@ -61,15 +65,24 @@ def placement(world: World, dtype: Dtype, config: ShardingConfig) -> Placement:
             )
         return Placement(world.device)
     is_parallel = config.vocab_parallel_head
+    plan: dict[str, Any] = {}
+    if HAS_PLAN:
+        # On its own: else the root gathers it for the whole of a pass. Vocabulary-parallel it is
+        # gathered for evaluations alone, and not together with the norm before it.
+        style = "free_full_weight" if is_parallel else "keep_full_weight"
+        plan = {"fsdp_plan": {"lm_head": style}}
+    elif is_parallel:
+        raise ShardingError(
+            "sharding.vocab_parallel_head needs a transformers whose DistributedConfig has "
+            f"fsdp_plan; transformers {transformers.__version__} has none: install a newer one"
+        )
     return Placement(
         world.device,
         DistributedConfig(
             fsdp_size=world.size,
             fsdp_cpu_offload=config.cpu_offload,
             fsdp_mixed_precision=dtype is Dtype.BF16,
-            # On its own: else the root gathers it for the whole of a pass. Vocabulary-parallel it
-            # is gathered for evaluations alone, and not together with the norm before it.
-            fsdp_plan={"lm_head": "free_full_weight" if is_parallel else "keep_full_weight"},
+            **plan,
         ),
         is_parallel,
     )

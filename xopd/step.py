@@ -92,6 +92,8 @@ def run_step(
     stats: list[TokenStats] = []
     updates: list[Update] = []
     for share in shares:
+        if not any(size.rollouts for size in share.sizes.values()):
+            continue  # all of it was dropped: moments and weights would decay towards nothing
         found, update = _update(run, optimizer, share, baseline)
         stats += found
         updates.append(update)

@@ -42,7 +42,7 @@ def update_flops(shape: ModelShape, rows: Sequence[Sampled]) -> float:
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """FLOP/s of a GPU's data sheet by the device's own name; None for one that is not listed."""
     words = name.lower().replace("-", " ").split()
-    if "pcie" in words:  # slower than the SXM module of the same name, whose sheet we have
+    if {"pcie", "nvl", "mig"} & set(words):  # less than the SXM module, whose sheet we have
         return None
     for gpu in GPUS.values():
         if gpu.name.partition("-")[0] in words:

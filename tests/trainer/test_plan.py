@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from xopd.doctor import eager_logit_bytes
 from xopd.models import SpeechLM
 from xopd.plan import (
     GPUS,
@@ -31,11 +29,13 @@ from xopd.plan import (
     shape_of,
     step_time,
 )
-from xopd.plan.activations import Precision
+from xopd.plan.activations import Precision, forward_bytes
 from xopd.plan.cli import add_plan_parser, job_of
-from xopd.plan.losses import HeadWork, loss_bytes, scoring_bytes
+from xopd.plan.losses import HeadWork, scoring_bytes
+from xopd.plan.memory import Line
 from xopd.plan.table import LEFT_OUT
-from xopd_kernels import Backend, Operator, Workload, memory_plan
+from xopd.plan.timing import layer_flops
+from xopd_kernels import Backend
 
 PRESET = "qwen3_omni_30b_a3b_thinker"
 
@@ -62,6 +62,17 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+def line(lines: Iterable[Line], name: str) -> float:
+    """The value of a line whose columns do not differ."""
+    (found,) = (one for one in lines if one.name == name)
+    assert len(set(found.values)) == 1
+    return found.values[0]
+
+
+def stays(job: Job) -> float:
+    return sum(one.values[0] for one in rank_memory(job).resident)
+
+
 # Counts
 
 
@@ -82,21 +93,6 @@ def test_the_preset_has_the_published_sizes(thinker: ModelShape) -> None:
     assert thinker.frozen_root_parameters < thinker.frozen_parameters
 
 
-def test_a_student_is_counted_as_it_is(student: SpeechLM) -> None:
-    shape = shape_of(student.model, "student")
-    trained = sum(p.numel() for p in student.trainable().values())
-    assert shape.trained_parameters == trained
-    assert shape.parameters == sum(p.numel() for p in student.model.parameters())
-    assert shape.experts == 0
-    assert shape.active_parameters == trained
-    assert shape.touched_parameters(1) == trained
-
-
-def test_a_folder_gives_what_the_model_gives(student: SpeechLM, tmp_path: Path) -> None:
-    student.model.config.save_pretrained(tmp_path)
-    assert model_shape(str(tmp_path)) == shape_of(student.model, str(tmp_path))
-
-
 def test_another_vocabulary(thinker: ModelShape) -> None:
     larger = thinker.with_vocabulary(200_064)
     assert larger.trained_parameters - thinker.trained_parameters == 2 * 48_000 * 2048
@@ -108,46 +104,6 @@ def test_more_tokens_touch_more_experts(thinker: ModelShape) -> None:
     one, many = thinker.touched_parameters(1), thinker.touched_parameters(4096)
     assert one == pytest.approx(thinker.active_parameters)
     assert many == pytest.approx(thinker.trained_parameters)
-
-
-# lm_head
-
-
-def head_work(precision: Precision = Precision.SHARDED) -> HeadWork:
-    return HeadWork(8192, 1024, 152_064, 2048, precision)
-
-
-def test_naive_logits_are_those_of_the_doctor() -> None:
-    work = head_work()
-    expected = eager_logit_bytes(8192, 152_064) + work.gradient_bytes
-    assert loss_bytes(Head.NAIVE, work, Backend.TRITON) == expected
-
-
-@pytest.mark.parametrize(
-    ("precision", "dtype"), [(Precision.SHARDED, torch.bfloat16), (Precision.FP32, torch.float32)]
-)
-def test_ours_is_the_plan_of_the_kernels(precision: Precision, dtype: torch.dtype) -> None:
-    work = head_work(precision)
-    planned = memory_plan(
-        Workload(Operator.POLICY_LOSS, 8192, 152_064, 2048, dtype), Backend.TRITON
-    )
-    assert loss_bytes(Head.OURS, work, Backend.TRITON) == planned.peak_bytes
-    assert scoring_bytes(Head.OURS, work, Backend.TRITON) < planned.peak_bytes
-
-
-def test_chunks_need_less_than_logits_and_do_not_grow_with_the_tokens() -> None:
-    work = head_work()
-    double = work._replace(tokens=2 * work.tokens)
-    grown = {
-        head: loss_bytes(head, double, Backend.TRITON) - loss_bytes(head, work, Backend.TRITON)
-        for head in Head
-    }
-    sizes = [loss_bytes(head, work, Backend.TRITON) for head in Head]
-    assert sizes[0] > sizes[1] > sizes[2]
-    # What grows: d_hidden and some floats a token.
-    assert grown[Head.OURS] < 8192 * (2 * 2048 + 200)
-    assert grown[Head.LIGER] == 8192 * 2 * 2 * 2048
-    assert grown[Head.NAIVE] == 8192 * (16 * 152_064 + 2 * 2048)
 
 
 # A cluster
@@ -170,30 +126,170 @@ def test_every_gpu_names_its_source() -> None:
         assert gpu.link_bytes_per_s >= gpu.network_bytes_per_s
 
 
-def test_what_stays_is_sixteen_bytes_a_parameter(job: Job) -> None:
-    stays = [line.values[0] for line in rank_memory(job).resident]
+def test_what_stays_is_twelve_bytes_a_parameter_and_an_update_adds_four(job: Job) -> None:
+    memory = rank_memory(job)
+    resident = [one.values[0] for one in memory.resident]
     trained = job.student.trained_parameters
-    assert sum(stays[:3]) == 16 * trained / 8
-    assert stays[3] == 4 * job.student.frozen_parameters / 8
-    assert stays[4] == 2 * trained / 8
-    assert stays[5] == 4096 * 420 * 2048 * 4
+    assert sum(resident[:2]) == 12 * trained / 8
+    assert resident[2] == 4 * job.student.frozen_parameters / 8
+    assert resident[3] == 2 * trained / 8
+    assert resident[4] == 4096 * 420 * 2048 * 4
+    assert line(memory.parts, "gradients, fp32") == 4 * trained / 8
+
+
+def test_gradients_are_there_in_the_update_alone(job: Job) -> None:
+    """They are let go behind each update: sampling and scoring do not have them beside them."""
+    base, gradients = stays(job), 4 * job.student.trained_parameters / 8
+    server = replace(job, rollout_place=RolloutPlace.SERVER)
+    assert line(rank_memory(server).stages, "rollouts") == base
+    for fused, roots in ((True, 0.0), (False, gradients)):
+        planned = rank_memory(replace(job, is_adam_fused=fused)).stages
+        assert line(planned, "AdamW") == pytest.approx(base + gradients + roots)
+    one_pass = replace(job, micro_batch=job.rank_rows)
+    at_head = "update, at lm_head"
+    for candidate, earlier in ((job, gradients), (one_pass, 0.0)):
+        memory = rank_memory(candidate)
+        (peak,) = (one for one in memory.stages if one.name == at_head)
+        kept = line(memory.parts, "activations kept")
+        (loss,) = (one for one in memory.parts if one.name == "loss at lm_head")
+        shape = job.student
+        gathered = shape.layer_parameters + shape.frozen_root_parameters + shape.head_parameters
+        for head in Head:
+            expected = base + earlier + kept + 2 * gathered + loss.of(head)
+            assert peak.of(head) == pytest.approx(expected)
+
+
+def test_lm_head_is_gathered_for_itself_alone(job: Job) -> None:
+    """From its forward to its backward pass: a larger one changes nothing of a layer's pass."""
+    shape = job.student
+    larger = shape.with_vocabulary(200_064)
+    assert larger.head_parameters < shape.layer_parameters
+    beside = []
+    for student in (shape, larger):
+        changed = replace(job, student=student)
+        memory = rank_memory(changed)
+        parts = memory.parts
+        assert line(parts, "lm_head, bf16") == 2 * student.head_parameters
+        assert line(parts, "root: towers, bf16") == 2 * student.frozen_root_parameters
+        # 2 P_l, and the fp32 buffer of the unit before: never one of lm_head and a layer.
+        unreduced = line(parts, "gradients before they are reduced")
+        assert unreduced == 6 * student.layer_parameters
+        peak = line(memory.stages, "update, backward pass of a layer")
+        beside.append(peak - stays(changed) - line(parts, "gradients, fp32"))
+    assert beside[0] == pytest.approx(beside[1])
+
+
+def test_a_head_larger_than_a_layer_waits_in_the_buffer(job: Job) -> None:
+    huge = job.student.with_vocabulary(500_000)
+    parts = rank_memory(replace(job, student=huge)).parts
+    expected = 2 * huge.layer_parameters + 4 * huge.head_parameters
+    assert line(parts, "gradients before they are reduced") == expected
+
+
+def test_a_tied_head_is_the_embedding_and_stays_for_the_pass(job: Job) -> None:
+    shape = replace(job.student, is_tied=True)
+    parts = rank_memory(replace(job, student=shape)).parts
+    root = 2 * (shape.frozen_root_parameters + shape.head_parameters)
+    assert line(parts, "lm_head, bf16") == 0
+    assert line(parts, "root: towers, bf16") == root
+    unreduced = 6 * shape.layer_parameters + 2 * shape.head_parameters
+    assert line(parts, "gradients before they are reduced") == unreduced
+
+
+def test_scoring_has_lm_head_behind_its_first_pass(job: Job) -> None:
+    """Without a backward pass it stays gathered, so the layers of later passes have it beside."""
+    shape = job.student
+    for micro_batch, is_later in ((8, True), (job.rank_rows, False)):
+        changed = replace(job, micro_batch=micro_batch)
+        tokens = changed.pass_tokens
+        work = HeadWork(tokens, job.width_tokens, shape.vocabulary, 2048, Precision.SHARDED)
+        fixed = stays(job) + 2 * (2 * shape.layer_parameters + shape.frozen_root_parameters)
+        fixed += 2 * tokens * 2048
+        head_bytes = 2 * shape.head_parameters
+        layer = forward_bytes(shape, Precision.SHARDED, tokens) + head_bytes * is_later
+        (peak,) = (one for one in rank_memory(changed).stages if one.name == "old log-probs")
+        for head in Head:
+            at_head = head_bytes + scoring_bytes(head, work, Backend.TRITON)
+            assert peak.of(head) == pytest.approx(fixed + max(layer, at_head))
+    # Small passes wait for the weights: all of them each time, of lm_head only the first.
+    gather = job.cluster.gather_s
+    expected = 32 * gather(2 * shape.trained_parameters) - 31 * gather(2 * shape.head_parameters)
+    assert line(step_time(job).stages, "old log-probs") == pytest.approx(expected)
 
 
 def test_offloading_moves_it_to_the_host(job: Job) -> None:
     offloaded = replace(job, offloads=True)
     kept, moved = rank_memory(job), rank_memory(offloaded)
-    assert [line.values[0] for line in moved.resident[:5]] == [0.0] * 5
-    assert moved.resident[5] == kept.resident[5]
-    assert moved.host_node_bytes == 8 * sum(line.values[0] for line in kept.resident[:5])
+    assert [one.values[0] for one in moved.resident[:4]] == [0.0] * 4
+    assert line(moved.parts, "gradients, fp32") == 0.0
+    assert moved.resident[4] == kept.resident[4]
+    shards = sum(one.values[0] for one in kept.resident[:4])
+    shards += line(kept.parts, "gradients, fp32")
+    assert moved.host.values[0] - kept.host.values[0] == pytest.approx(8 * shards)
     for head in Head:
         assert moved.peak_bytes(head) < kept.peak_bytes(head)
 
 
+def test_the_host_holds_a_checkpoint_and_the_engines_folder(job: Job) -> None:
+    trained = job.student.trained_parameters
+    four = replace(job, cluster=replace(job.cluster, nodes=4))
+    server = replace(job, rollout_place=RolloutPlace.SERVER)
+    assert rank_memory(job).host.values == (14 * trained,) * 3
+    assert rank_memory(four).host.values == (12 * trained / 4 + 2 * trained,) * 3
+    assert rank_memory(server).host.values == (12 * trained,) * 3
+    assert "| host memory of a node | 427.46 | 427.46 | 427.46 |" in plan_text(job)
+
+
+def test_a_checkpoint_is_copied_wherever_it_comes_from(job: Job) -> None:
+    """Over the link of each rank, or, offloaded, read and written in host memory."""
+    bytes_ = 12 * job.student.trained_parameters
+    name = "checkpoint: copy to the host"
+    assert line(step_time(job).background, name) == pytest.approx(bytes_ / 8 / (0.7 * 64e9))
+    offloaded = step_time(replace(job, offloads=True)).background
+    assert line(offloaded, name) == pytest.approx(2 * bytes_ / 300e9)
+    two = replace(job, offloads=True, cluster=replace(job.cluster, nodes=2))
+    assert line(step_time(two).background, name) == pytest.approx(bytes_ / 300e9)
+
+
+@pytest.mark.parametrize(("gpus", "parts"), [(1, 1), (2, 2), (8, 4)])
+def test_one_engine_decodes_every_row(job: Job, gpus: int, parts: int) -> None:
+    """2048 rows, 256 at a time, 512 tokens each: 4096 steps of one engine, however many ranks."""
+    shape = job.student
+    given = replace(job, engine_gpus=gpus)
+    layers = layer_flops(shape, 260) / gpus / (0.4 * 989.5e12)
+    cache = 256 * (260 + 256) * 2 * shape.cache_elements_per_token / parts  # 4 heads with keys
+    step_s = (2 * shape.touched_parameters(256) / gpus + cache) / (0.7 * 3350e9)
+    expected = 256 * (420 + 100) * layers + 4096 * step_s
+    for nodes in (1, 4):
+        changed = replace(given, cluster=replace(job.cluster, nodes=nodes))
+        assert line(step_time(changed).stages, "rollouts") == pytest.approx(expected)
+        peak = line(rank_memory(changed).stages, "rollouts") - stays(changed)
+        rows = 256 * 1444 * 2 * shape.cache_elements_per_token
+        assert peak == pytest.approx(2 * shape.trained_parameters / gpus + rows / parts)
+    server = replace(given, rollout_place=RolloutPlace.SERVER, server_gpus=gpus, engine_gpus=3)
+    assert line(step_time(server).stages, "rollouts") == pytest.approx(expected)
+
+
+def test_the_engine_reads_its_weights_from_memory(job: Job) -> None:
+    """Gathered in fp32, sent to the host in bf16, written to a folder there and read again."""
+    trained = job.student.trained_parameters
+    ring = job.cluster.gather_s(4 * trained)
+    folder = 2 * 2 * trained / 300e9
+    planned = line(step_time(job).stages, "weight sync")
+    assert planned == pytest.approx(ring + 2 * trained / (0.7 * 64e9) + folder)
+    # In host memory all 8 ranks of the node gather their own copy of each tensor.
+    planned = line(step_time(replace(job, offloads=True)).stages, "weight sync")
+    assert planned == pytest.approx(8 * 4 * trained / 300e9 + folder)
+    server = replace(job, rollout_place=RolloutPlace.SERVER)
+    planned = line(step_time(server).stages, "weight sync")
+    assert planned == pytest.approx(2 * trained / (0.7 * 50e9))
+
+
 def test_a_server_takes_the_teacher_away(job: Job) -> None:
     elsewhere = replace(job, teacher_place=TeacherPlace.SERVER)
-    names = [line.name for line in rank_memory(elsewhere).stages]
+    names = [one.name for one in rank_memory(elsewhere).stages]
     assert "teacher's log-probs" not in names
-    assert rank_memory(elsewhere).resident[4].values == (0.0, 0.0, 0.0)
+    assert rank_memory(elsewhere).resident[3].values == (0.0, 0.0, 0.0)
 
 
 def test_more_ranks_need_less_each(job: Job) -> None:
@@ -215,7 +311,7 @@ def test_the_largest_micro_batch_is_the_largest(job: Job) -> None:
 
 def test_generate_gathers_the_student_for_every_token(job: Job) -> None:
     slow = step_time(replace(job, rollout_place=RolloutPlace.GENERATE)).stages[0]
-    fast = step_time(job).stages[0]
+    fast = step_time(replace(job, engine_gpus=8)).stages[0]  # generate samples on all 8 too
     gathered = job.cluster.gather_s(2 * job.student.trained_parameters)
     assert slow.values[0] > job.response_tokens * gathered
     assert fast.values[0] < slow.values[0] / 10
@@ -224,8 +320,9 @@ def test_generate_gathers_the_student_for_every_token(job: Job) -> None:
 def test_one_rank_shards_nothing(student: SpeechLM) -> None:
     shape = shape_of(student.model, "student")
     alone = Job(shape, shape.text_only(), Cluster(GPUS["l40s"], gpus_per_node=1), engine_gpus=1)
-    parts = {line.name: line.values[0] for line in rank_memory(alone).parts}
+    parts = {one.name: one.values[0] for one in rank_memory(alone).parts}
     assert parts["gathered layers, bf16"] == 0
+    assert parts["lm_head, bf16"] == 0
     assert parts["gradients before they are reduced"] == 0
     assert step_time(alone).step_s(Head.OURS) > 0
 
@@ -235,7 +332,7 @@ def test_one_rank_shards_nothing(student: SpeechLM) -> None:
     [
         ({"micro_batch": 0}, "micro_batch must be at least 1, got 0"),
         ({"mean_response_tokens": 2000}, "mean_response_tokens 2000 is above response_tokens"),
-        ({"engine_gpus": 3}, "engine_gpus 3 does not divide the 8 GPUs that sample"),
+        ({"engine_gpus": 9}, "engine_gpus 9 is above the 8 GPUs of a node"),
     ],
 )
 def test_a_job_that_cannot_be_is_named(job: Job, change: dict[str, int], message: str) -> None:
@@ -270,6 +367,7 @@ def test_every_figure_of_a_gpu_can_be_overridden() -> None:
 
 def test_the_plan_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed(capsys, PRESET)
+    assert "rollouts by one engine on 2 GPUs of the first machine" in text
     assert text.startswith("**Arithmetic, not a measurement.**")
     assert LEFT_OUT in text
     assert "Symbols" not in text
@@ -281,9 +379,9 @@ def test_explain_has_a_formula_for_every_line(job: Job, capsys: pytest.CaptureFi
     text = printed(capsys, PRESET, "--explain")
     memory, time = rank_memory(job), step_time(job)
     lines = (*memory.resident, *memory.parts, *memory.stages, *time.stages, *time.background)
-    for line in lines:
-        assert f"\n- {line.name}: {line.formula}\n" in text
-        assert f"{line.name} |" in text
+    for one in (*lines, memory.host):
+        assert f"\n- {one.name}: {one.formula}\n" in text
+        assert f"{one.name} |" in text
     assert plan_text(job, explains=True) == text
 
 

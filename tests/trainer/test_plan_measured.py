@@ -1,9 +1,10 @@
-"""The plan's memory against what is measured: activations as autograd saves them, a whole step."""
+"""The plan's memory against the kernels' own, and what is measured: activations, a whole step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,18 +17,78 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from xopd.doctor import eager_logit_bytes
 from xopd.head import Head as LmHead
 from xopd.head import fused_head
 from xopd.loss import policy_loss, step_sizes
 from xopd.models import SpeechLM
-from xopd.plan import UpdateBatch, planned_cpu_step, shape_of
+from xopd.plan import UpdateBatch, model_shape, planned_cpu_step, shape_of
 from xopd.plan.activations import Precision, kept_bytes
 from xopd.plan.losses import Head, HeadWork, loss_bytes, scoring_bytes
 from xopd.sections import LossConfig
 from xopd.types import Modality, Prompt, Rollout
-from xopd_kernels import Backend, PolicyLoss, linear_policy_loss
+from xopd_kernels import (
+    Backend,
+    Operator,
+    PolicyLoss,
+    Workload,
+    linear_policy_loss,
+    memory_plan,
+)
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+
+
+def test_a_student_is_counted_as_it_is(student: SpeechLM) -> None:
+    shape = shape_of(student.model, "student")
+    trained = sum(p.numel() for p in student.trainable().values())
+    assert shape.trained_parameters == trained
+    assert shape.parameters == sum(p.numel() for p in student.model.parameters())
+    assert shape.experts == 0
+    assert shape.active_parameters == trained
+    assert shape.touched_parameters(1) == trained
+
+
+def test_a_folder_gives_what_the_model_gives(student: SpeechLM, tmp_path: Path) -> None:
+    student.model.config.save_pretrained(tmp_path)
+    assert model_shape(str(tmp_path)) == shape_of(student.model, str(tmp_path))
+
+
+def head_work(precision: Precision = Precision.SHARDED) -> HeadWork:
+    return HeadWork(8192, 1024, 152_064, 2048, precision)
+
+
+def test_naive_logits_are_those_of_the_doctor() -> None:
+    work = head_work()
+    expected = eager_logit_bytes(8192, 152_064) + work.gradient_bytes
+    assert loss_bytes(Head.NAIVE, work, Backend.TRITON) == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [(Precision.SHARDED, torch.bfloat16), (Precision.FP32, torch.float32)]
+)
+def test_ours_is_the_plan_of_the_kernels(precision: Precision, dtype: torch.dtype) -> None:
+    work = head_work(precision)
+    planned = memory_plan(
+        Workload(Operator.POLICY_LOSS, 8192, 152_064, 2048, dtype), Backend.TRITON
+    )
+    assert loss_bytes(Head.OURS, work, Backend.TRITON) == planned.peak_bytes
+    assert scoring_bytes(Head.OURS, work, Backend.TRITON) < planned.peak_bytes
+
+
+def test_chunks_need_less_than_logits_and_do_not_grow_with_the_tokens() -> None:
+    work = head_work()
+    double = work._replace(tokens=2 * work.tokens)
+    grown = {
+        head: loss_bytes(head, double, Backend.TRITON) - loss_bytes(head, work, Backend.TRITON)
+        for head in Head
+    }
+    sizes = [loss_bytes(head, work, Backend.TRITON) for head in Head]
+    assert sizes[0] > sizes[1] > sizes[2]
+    # What grows: d_hidden and some floats a token.
+    assert grown[Head.OURS] < 8192 * (2 * 2048 + 200)
+    assert grown[Head.LIGER] == 8192 * 2 * 2 * 2048
+    assert grown[Head.NAIVE] == 8192 * (16 * 152_064 + 2 * 2048)
 
 
 def dense_model() -> PreTrainedModel:

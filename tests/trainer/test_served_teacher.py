@@ -73,11 +73,11 @@ def test_a_server_that_fails_stops_the_run_and_the_same_command_goes_on(
     server, overrides = served
     expected = train(make_config(tmp_path / "whole", *overrides))
     run = tmp_path / "run"
-    # 12 scores a step, and first the answers of the evaluation: the fault strikes in step 2.
+    # A probe and 12 scores a step, before them one and the evaluation: it strikes in step 2.
     state = server.state
     state.transport, state.routes = fault, ("/v1/completions",)
-    state.spared = 4 + 2 * 12 + 5
-    with pytest.raises(UserError, match=r"could not score [1-7] of 12 rollouts.*resumes"):
+    state.spared = 1 + 4 + 2 * 13 + 5
+    with pytest.raises(UserError, match=r"could not score 12 of 12 rollouts.*resumes"):
         train(make_config(run, *overrides))
     assert [line["step"] for line in read_jsonl(run / "metrics.jsonl")] == [0, 1]
     state.routes = ()
@@ -93,7 +93,7 @@ def test_few_losses_are_counted_and_the_run_goes_on(
     server, overrides = served
     state = server.state
     state.content = lambda answer: answer["choices"][0]["prompt_logprobs"].pop()
-    state.routes, state.spared, state.strikes = ("/v1/completions",), 4 + 12, 2
+    state.routes, state.spared, state.strikes = ("/v1/completions",), 1 + 4 + 13, 2
     config = make_config(tmp_path / "run", *overrides, "teacher.max_dropped=0.2")
     lines = read_jsonl(train(config) / "metrics.jsonl")
     assert [line["dropped_rollouts"] for line in lines] == [0, 2, 0, 0]

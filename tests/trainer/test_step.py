@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -194,11 +195,23 @@ def test_rollouts_without_a_score_are_as_never_sampled(
     assert all(torch.equal(before[n], p) for n, p in strict.student.trainable().items())
 
 
+@pytest.mark.parametrize(("limit", "version"), [(0, 3), (0, 2), (1, 2), (1, 1), (1, 4), (0, -1)])
 def test_rollouts_of_older_weights_than_allowed_stop_the_run(
-    make_config: MakeConfig, tmp_path: Path
+    make_config: MakeConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limit: int,
+    version: int,
 ) -> None:
-    run = prepare(make_config(tmp_path), ALONE)
-    old = [s._replace(version=-1) for s in run.engine.sample(requests(run, 0))]
+    tell(monkeypatch, 0.0)
+    settings = (TOLD, f"rollout.max_staleness={limit}", "train.steps=4")
+    run = prepare(make_config(tmp_path, *settings), ALONE)
+    old = [s._replace(version=version) for s in run.engine.sample(requests(run, 3))]
     optimizer = build_optimizer(run.student.trainable().values(), run.config.optim)
-    with pytest.raises(UserError, match=r"rollouts of weights \[-1\], and rollout.max_staleness"):
-        run_step(run, optimizer, Baseline(), step=0, rate=1e-3, check=lambda: None, ahead=old)
+    options: dict[str, Any] = {"step": 3, "rate": 1e-3, "check": lambda: None, "ahead": old}
+    if 3 - limit <= version <= 3:
+        result = run_step(run, optimizer, Baseline(), **options)
+        assert result.record["staleness"] == 3 - version
+        return
+    with pytest.raises(UserError, match=r"rollouts of weights .*, and rollout.max_staleness is"):
+        run_step(run, optimizer, Baseline(), **options)

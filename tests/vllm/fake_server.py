@@ -59,6 +59,7 @@ class State:
     label: str = "default"
     weights: dict[str, list[str]] = field(default_factory=dict)
     scores: Scores | None = None  # a model's; None: made up
+    refuses: Callable[[list[int]], bool] | None = None  # prompts that it answers with status 400
     answers: Answers | None = None  # greedy ones of a model; None: made up
     requests: list[tuple[str, Body]] = field(default_factory=list)
     ended: threading.Event = field(default_factory=threading.Event)
@@ -138,6 +139,10 @@ class Handler(BaseHTTPRequestHandler):
                 changed = state.content(answer)
                 answer = answer if changed is None else changed
             self.send_json(json.dumps(answer).encode())
+            return
+        is_score = body.get("prompt_logprobs") is not None
+        if is_score and state.refuses is not None and state.refuses(body["prompt"]):
+            self.send_json(b'{"error": "too hard"}', status=400)
             return
         if self.path.startswith("/v1/") and self.headers["Authorization"] != f"Bearer {KEY}":
             self.send_json(b'{"error": "Unauthorized"}', status=401)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -58,4 +59,26 @@ def test_an_exported_student_is_a_plain_language_model(
         expected = student.model(input_ids=ids).logits
         torch.testing.assert_close(exported(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
     assert main(["export", str(source), str(out)]) == 2
-    assert "is not empty" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["student", "teacher"])
+def test_an_address_elsewhere_needs_to_be_allowed(
+    config: str, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    urls = ["server.url=http://0.0.0.0:8000", "teacher.urls=http://0.0.0.0:8001"]
+    assert main(["serve", what, config, *urls, "--print"]) == 2
+    assert "http.allow_remote" in capsys.readouterr().err
+    assert main(["serve", what, config, *urls, "http.allow_remote=true", "--print"]) == 0
+    assert "--host 0.0.0.0" in capsys.readouterr().out
+
+
+def test_a_server_needs_vllm_here(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("xopd.vllm.local.version", missing)
+    assert main(["serve", "teacher", config, "teacher.urls=http://127.0.0.1:8001"]) == 2
+    assert "pip install vllm" in capsys.readouterr().err

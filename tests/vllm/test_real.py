@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import cast
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +158,34 @@ engine.close()
     print(done.stdout)
 
 
+def test_an_engine_ends_with_a_trainer_that_is_killed(repository: Path) -> None:
+    code = """
+import sys, time
+from pathlib import Path
+from tests.vllm import test_real as t
+student = t.demo_student(Path(sys.argv[1]))
+engine = t.engine_of(student, t.LocalBackend(student, t.OPTIONS, ranks=1), 1.0)
+engine.update(0)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    command = [sys.executable, "-c", code, str(repository)]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    trainer = subprocess.Popen(
+        command, cwd=repository, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None
+    for line in trainer.stdout:
+        if line.startswith("ready"):
+            break
+    children = psutil.Process(trainer.pid).children(recursive=True)
+    assert children
+    trainer.kill()
+    _, alive = psutil.wait_procs(children, timeout=30)
+    trainer.wait()
+    assert not alive
+
+
 def test_a_server(student: SpeechLM, http: HttpConfig, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{free_port()}"
     folder = tmp_path / "student"
@@ -192,9 +221,8 @@ def test_a_teacher(repository: Path, student: SpeechLM, http: HttpConfig, tmp_pa
         ids = tuple(allowed[picked].tolist())
         rows.append(Rollout(prompt, Modality.SPEECH, ids, is_finished=False))
     (own,) = score(teacher, [rows], temperature=1.0, backend=Kernels.REFERENCE)
-    options = TeacherConfig(urls=url, max_model_len=256)
+    options = TeacherConfig(urls=url, max_model_len=256, kv_cache_bytes=2**27, enforce_eager=True)
     command = teacher_command(str(folder), url, options, Dtype.FP32)
-    command += ["--kv-cache-memory-bytes", str(2**27), "--enforce-eager"]
     with serving(command, {}, url, tmp_path / "log"):
         served = VllmTeacher(options, http, classes=teacher.classes, eos_id=teacher.eos_id)
         calls = [Trajectory(r.prompt.id, r.prompt.text_ids, r.response_ids) for r in rows]

@@ -94,10 +94,8 @@ def test_a_run_over_http(repository: Path, corpus: Path, tmp_path: Path, http: H
     write_weights(LanguageModel(student, DTYPES[OPTIONS.dtype]), folder)
     server = ServerConfig(url=url, folder=str(folder))
     command, environment = serve_command(str(folder), server, OPTIONS)
-    words = teacher_command(
-        str(demo / "teacher"), teacher_url, TeacherConfig(max_model_len=256), Dtype.FP32
-    )
-    words += ["--kv-cache-memory-bytes", str(2**27), "--enforce-eager"]
+    settings = TeacherConfig(max_model_len=256, kv_cache_bytes=2**27, enforce_eager=True)
+    words = teacher_command(str(demo / "teacher"), teacher_url, settings, Dtype.FP32)
     overrides = (
         "rollout.engine=server",
         f"server.url={url}",

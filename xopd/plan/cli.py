@@ -186,12 +186,12 @@ def _add_placement(group: argparse._ArgumentGroup) -> None:
         "--rollouts-on",
         choices=[place.value for place in RolloutPlace],
         default=RolloutPlace.COLOCATED.value,
-        help="the trained model itself, an engine beside it, or one on GPUs of its own; "
-        "default: %(default)s",
+        help="the trained model itself; one engine beside it, on GPUs of the first machine; or one "
+        "on GPUs of its own (data-parallel engines are not there yet); default: %(default)s",
     )
     for option, default_gpus, meaning in (
-        ("--engine-gpus", Job.engine_gpus, "GPUs of a replica of the engine"),
-        ("--engine-rows", Job.engine_rows, "rollouts that a replica decodes at a time"),
+        ("--engine-gpus", Job.engine_gpus, "GPUs of the one engine beside the trainer"),
+        ("--engine-rows", Job.engine_rows, "rollouts that the engine decodes at a time"),
         ("--generate-rows", Job.generate_rows, "rollouts of a batch of generate"),
         ("--server-gpus", Job.server_gpus, "GPUs of a server"),
     ):

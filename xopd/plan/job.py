@@ -22,8 +22,8 @@ class RolloutPlace(Enum):
     """What samples."""
 
     GENERATE = "generate"  # the sharded student itself, through transformers
-    COLOCATED = "colocated"  # an engine on the training GPUs, asleep while they train
-    SERVER = "server"  # an engine on GPUs of its own
+    COLOCATED = "colocated"  # one engine on GPUs of the first machine, asleep while they train
+    SERVER = "server"  # one engine on GPUs of its own
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Job:
     is_adam_fused: bool = False  # else torch's default: foreach on GPUs
     teacher_place: TeacherPlace = TeacherPlace.LOCAL
     rollout_place: RolloutPlace = RolloutPlace.COLOCATED
-    engine_gpus: int = 2  # of one replica of the engine (tensor parallel)
-    engine_rows: int = 256  # rollouts that a replica decodes at a time
+    engine_gpus: int = 2  # of the one engine of COLOCATED: vllm.tensor_parallel
+    engine_rows: int = 256  # rollouts that an engine decodes at a time: vllm.max_num_seqs
     generate_rows: int = 128  # rollouts of a batch of GENERATE: rollout.batch_size
     server_gpus: int = 8  # of each server there is
 
@@ -69,11 +69,11 @@ class Job:
             raise PlanError(
                 "offloading is FSDP2's and needs more than one rank; raise gpus_per_node"
             )
-        sampling = self.sampling_gpus
-        if self.rollout_place is not RolloutPlace.GENERATE and sampling % self.engine_gpus:
+        most = self.cluster.gpus_per_node
+        if self.rollout_place is RolloutPlace.COLOCATED and self.engine_gpus > most:
             raise PlanError(
-                f"engine_gpus {self.engine_gpus} does not divide the {sampling} GPUs that sample; "
-                "give a divisor"
+                f"engine_gpus {self.engine_gpus} is above the {most} GPUs of a node, and the one "
+                "engine runs on the first of them; lower it"
             )
 
     @property
@@ -139,11 +139,11 @@ class Job:
 
     @property
     def sampling_gpus(self) -> int:
-        """GPUs that decode."""
+        """g: GPUs of the one engine, which decodes all rollouts of a step; the others wait."""
         is_server = self.rollout_place is RolloutPlace.SERVER
-        return self.server_gpus if is_server else self.cluster.ranks
+        return self.server_gpus if is_server else self.engine_gpus
 
     @property
-    def replica_rows(self) -> int:
-        """Rollouts of a step that one replica of the engine answers."""
-        return -(-self.rows // (self.sampling_gpus // self.engine_gpus))
+    def cache_parts(self) -> int:
+        """Parts into which an engine cuts its cache: min(g, K), as a head is never cut."""
+        return min(self.sampling_gpus, self.student.kv_heads)

@@ -2,8 +2,10 @@
 
 A stage's peak is a sum of what exists at one moment, so a plan is as good as its list of moments.
 Sharding is FSDP2 as torch 2.13 runs it: each decoder layer and the embedding are units that are
-gathered when they are needed; what belongs to no unit, lm_head among it, is the root's and stays
-gathered from the start of a pass to its end.
+gathered when they are needed. lm_head is a unit that is gathered when it is reached and kept until
+its backward pass is done: it is not there in the layers' backward pass, and as scoring has none, it
+is there from the end of its first pass. What belongs to no unit is the root's and stays gathered
+from the start of a pass to its end; so does a tied lm_head, which is the embedding.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class RankMemory:
     resident: tuple[Line, ...]  # from step to step
     parts: tuple[Line, ...]  # of an update, beside it
     stages: tuple[Line, ...]  # peaks, what stays included
-    host_node_bytes: float
+    host: Line  # of the first node, which needs most
 
     def peak_bytes(self, head: Head) -> float:
         """Of the stage that needs most."""
@@ -64,22 +66,23 @@ def rank_memory(job: Job) -> RankMemory:
     resident = _resident(job)
     parts = _Parts.of(job)
     stays = sum(line.values[0] for line in resident)
-    gradients = resident[1].values[0]
-    before_backward = stays - gradients * (job.passes == 1)
+    earlier = parts.gradients * (job.passes > 1)
     stages = [_rollout(job, stays), *_scoring(job, stays)]
     stages += [
         Line(
             "update, at lm_head",
             tuple(
-                before_backward + parts.kept + parts.gathered / 2 + parts.root + loss
+                stays + earlier + parts.kept + parts.beside_head + parts.root + parts.head + loss
                 for loss in parts.loss
             ),
-            "stays (gradients only if there are several passes) + activations kept + one gathered "
-            "layer + root + loss at lm_head",
+            "stays + gradients (if there are several passes) + activations kept + 2 max(P_l, "
+            "P_head) [a layer on its way, or what lm_head was received in] + root + lm_head + loss "
+            "at lm_head",
         ),
         same(
             "update, backward pass of a layer",
             stays
+            + parts.gradients
             + parts.kept
             - parts.last_norm
             + parts.layer
@@ -87,15 +90,13 @@ def rank_memory(job: Job) -> RankMemory:
             + parts.gathered
             + parts.root
             + parts.unreduced,
-            "stays + activations kept (without the last norm's) + one layer recomputed + gradients "
-            "inside a layer + gathered layers + root + gradients before they are reduced",
+            "stays + gradients + activations kept (without the last norm's) + one layer recomputed "
+            "+ gradients inside a layer + gathered layers + root + gradients before they are "
+            "reduced; lm_head is no longer gathered",
         ),
-        _adam(job, stays),
+        _adam(job, stays + parts.gradients),
     ]
-    host = 0.0
-    if job.offloads:
-        host = job.cluster.gpus_per_node * sum(line.values[0] for line in _shards(job))
-    return RankMemory(tuple(resident), parts.lines(job), tuple(stages), host)
+    return RankMemory(tuple(resident), parts.lines(job), tuple(stages), _host(job))
 
 
 def fits(job: Job, head: Head) -> bool:
@@ -116,13 +117,34 @@ def largest_micro_batch(job: Job, head: Head) -> int:
     return least
 
 
+def _host(job: Job) -> Line:
+    """Host memory of the first node: what offloading moves there, and two copies of weights."""
+    cluster, trained = job.cluster, job.student.trained_parameters
+    size = 3.0 * FP32 * trained / cluster.nodes
+    size += BF16 * trained * (job.rollout_place is RolloutPlace.COLOCATED)
+    if job.offloads:
+        offloaded = sum(line.values[0] for line in _shards(job)) + _gradients(job)
+        size += cluster.gpus_per_node * offloaded
+    return same(
+        "host memory of a node",
+        size,
+        "12 P / nodes [a checkpoint's copy, while it is written] + 2 P on the first node [the "
+        "folder in memory of an engine beside the trainer] + (16 P + 4 F + 2 P_T) / nodes if "
+        "offloaded",
+    )
+
+
+def _gradients(job: Job) -> float:
+    """A rank's shards of the gradients, wherever they are: 4 P / n."""
+    return FP32 * job.student.trained_parameters / job.cluster.ranks
+
+
 def _shards(job: Job) -> list[Line]:
-    """What offloading moves to the host; the second line is the gradients."""
+    """What stays from step to step; offloading moves it to the host."""
     ranks, student = job.cluster.ranks, job.student
     local = job.teacher_place is TeacherPlace.LOCAL
     sizes = (
         ("weights, fp32", FP32 * student.trained_parameters, "4 P / n"),
-        ("gradients, fp32", FP32 * student.trained_parameters, "4 P / n, from step to step"),
         ("moments of AdamW, fp32", 2 * FP32 * student.trained_parameters, "8 P / n"),
         ("frozen towers, fp32", FP32 * student.frozen_parameters, "4 F / n"),
         ("teacher, bf16", BF16 * job.teacher.parameters * local, "2 P_T / n; 0 on a server"),
@@ -142,12 +164,15 @@ def _resident(job: Job) -> list[Line]:
 class _Parts:
     """What an update adds; bytes."""
 
+    gradients: float  # let go after each update
     kept: float
     last_norm: float  # of `kept`
     layer: float
     inner: float
     gathered: float
+    beside_head: float  # gathered, while lm_head is at work
     root: float
+    head: float
     unreduced: float
     loss: tuple[float, ...]
 
@@ -157,21 +182,25 @@ class _Parts:
         again = job.checkpoints_activations
         work = HeadWork(tokens, job.width_tokens, shape.vocabulary, shape.hidden, precision)
         return cls(
+            gradients=_gradients(job) * (not job.offloads),
             kept=kept_bytes(shape, precision, tokens, checkpoints_activations=again),
             last_norm=last_norm_bytes(shape, precision, tokens),
             layer=recomputed_bytes(shape, precision, tokens) * again,
             inner=backward_bytes(shape, precision, tokens),
             gathered=_gathered(job, shape),
+            beside_head=max(_gathered(job, shape) / 2, _head(job, shape)),
             root=_student_held(job),
+            head=_head(job, shape),
             unreduced=_unreduced(job),
             loss=tuple(float(loss_bytes(head, work, BACKEND)) for head in Head),
         )
 
     def lines(self, job: Job) -> tuple[Line, ...]:
-        root = ("root: lm_head and towers, bf16", "2 (P_head + F_r), gathered for a whole pass")
+        root = ("root: towers, bf16", "2 F_r, gathered for a whole pass; + 2 P_head if it is tied")
         if not job.is_sharded:
             root = ("bf16 copies that autocast keeps", "2 (P - embedding - experts)")
         return (
+            same("gradients, fp32", self.gradients, "4 P / n, let go after each update"),
             same(
                 "activations kept",
                 self.kept,
@@ -187,10 +216,16 @@ class _Parts:
             same("gathered layers, bf16", self.gathered, "2 x 2 P_l: one in use, one on its way"),
             same(root[0], self.root, root[1]),
             same(
+                "lm_head, bf16",
+                self.head,
+                "2 P_head, gathered until its backward pass is done; one rank: none, tied: the "
+                "root's",
+            ),
+            same(
                 "gradients before they are reduced",
                 self.unreduced,
-                "2 P_l in bf16 + 4 P_l in the buffer of the last reduce-scatter + 2 P_head; one "
-                "rank: none",
+                "2 P_l in bf16 + 4 max(P_l, P_head) in the buffer of the last reduce-scatter, + 2 "
+                "P_head if it is tied; one rank: none",
             ),
             Line(
                 "loss at lm_head",
@@ -208,8 +243,17 @@ def _gathered(job: Job, shape: ModelShape) -> float:
 
 
 def _root(job: Job, shape: ModelShape) -> float:
-    """What FSDP2's root holds in bf16 for a whole pass; nothing where nothing is sharded."""
-    return BF16 * float(shape.head_parameters + shape.frozen_root_parameters) * job.is_sharded
+    """What is gathered in bf16 for a whole pass; nothing where nothing is sharded.
+
+    2 F_r, and a tied lm_head: as the embedding it is needed first and last.
+    """
+    tied = shape.head_parameters * shape.is_tied
+    return BF16 * float(tied + shape.frozen_root_parameters) * job.is_sharded
+
+
+def _head(job: Job, shape: ModelShape) -> float:
+    """lm_head, gathered in bf16 from its forward pass to its backward pass: 2 P_head."""
+    return BF16 * float(shape.head_parameters * (not shape.is_tied)) * job.is_sharded
 
 
 def _student_held(job: Job) -> float:
@@ -225,10 +269,14 @@ def _student_held(job: Job) -> float:
 
 
 def _unreduced(job: Job) -> float:
+    """A unit's gradients are reduced behind its backward pass; the buffer waits for the next."""
     if not job.is_sharded:
         return 0.0
-    layer = (BF16 + FP32) * job.student.layer_parameters
-    return float(layer + BF16 * job.student.head_parameters)
+    shape = job.student
+    layer, head = shape.layer_parameters, shape.head_parameters
+    if shape.is_tied:  # gradients of lm_head wait for those of the embedding
+        return float(BF16 * layer + FP32 * layer + BF16 * head)
+    return float(BF16 * layer + FP32 * max(layer, head))
 
 
 def _rollout(job: Job, stays: float) -> Line:
@@ -238,23 +286,24 @@ def _rollout(job: Job, stays: float) -> Line:
     if job.rollout_place is RolloutPlace.SERVER:
         return same("rollouts", stays, "stays: the engine has GPUs of its own")
     if job.rollout_place is RolloutPlace.COLOCATED:
-        rows = min(job.engine_rows, job.replica_rows)
-        engine = BF16 * shape.parameters + rows * job.width_tokens * token_bytes
+        rows = min(job.engine_rows, job.rows)
+        weights = BF16 * shape.trained_parameters / job.sampling_gpus
+        cache = rows * job.width_tokens * token_bytes / job.cache_parts
         return same(
             "rollouts",
-            stays + engine / job.engine_gpus,
-            "stays + (2 (P + F) + rows T 2 (2 L K h)) / g: engine weights and cache in bf16, rows "
-            "at a time on g GPUs; asleep it holds nothing",
+            stays + weights + cache,
+            "stays + 2 P / g + rows T 2 (2 L K h) / min(g, K): the language model and the cache of "
+            "rows at a time in bf16, on the GPUs of the one engine; asleep it holds nothing",
         )
     rows = min(job.generate_rows, job.rows)
     logits = BF16 * rows * prompt * shape.vocabulary + FP32 * rows * shape.vocabulary
     cache = rows * job.width_tokens * token_bytes
     passing = forward_bytes(shape, job.precision, rows * prompt)
-    root = _student_held(job)
+    held = _student_held(job) + _head(job, shape)
     return same(
         "rollouts",
-        stays + _gathered(job, shape) + root + cache + max(float(logits), float(passing)),
-        "stays + gathered layers + root + rows T 2 (2 L K h) + rows V (2 T_prompt + 4): "
+        stays + _gathered(job, shape) + held + cache + max(float(logits), float(passing)),
+        "stays + gathered layers + root + lm_head + rows T 2 (2 L K h) + rows V (2 T_prompt + 4): "
         "transformers computes the logits of the whole prompt",
     )
 
@@ -266,15 +315,17 @@ class _ScoringPass(NamedTuple):
     shape: ModelShape
     width_tokens: int
     precision: Precision
-    weights: float  # gathered or cast for it
+    weights: float  # gathered or cast for it, but lm_head
+    head: float  # lm_head
 
 
 def _scoring(job: Job, stays: float) -> list[Line]:
     """The teacher's pass and, if asked for, the student's for the old log-probs."""
     formula = (
-        "stays + gathered layers + root + N D r + max(layer, scoring); layer: N (4 k 2 D + 3 r D) "
-        "for experts, N 2 (3 I + 3 D) dense; scoring: naive N V (4 + 4), Liger 16 r c, ours "
-        "memory_plan(LOGPROB)"
+        "stays + gathered layers + root + N D r + max(layer, lm_head + scoring), or + lm_head + "
+        "max(layer, scoring) if there are several passes, as the first leaves it gathered; layer: "
+        "N (4 k 2 D + 3 r D) for experts, N 2 (3 I + 3 D) dense; scoring: naive N V (4 + 4), Liger "
+        "16 r c, ours memory_plan(LOGPROB)"
     )
     lines = []
     for scoring in _scoring_passes(job):
@@ -282,8 +333,10 @@ def _scoring(job: Job, stays: float) -> list[Line]:
         tokens = job.pass_rows * scoring.width_tokens
         work = HeadWork(tokens, scoring.width_tokens, shape.vocabulary, shape.hidden, precision)
         fixed = stays + scoring.weights + tokens * shape.hidden * precision.stream_size
-        layer = forward_bytes(shape, precision, tokens)
-        values = [fixed + max(layer, scoring_bytes(head, work, BACKEND)) for head in Head]
+        layer = forward_bytes(shape, precision, tokens) + scoring.head * (job.passes > 1)
+        values = [
+            fixed + max(layer, scoring.head + scoring_bytes(head, work, BACKEND)) for head in Head
+        ]
         lines.append(Line(scoring.name, tuple(values), formula))
     return lines
 
@@ -295,19 +348,22 @@ def _scoring_passes(job: Job) -> list[_ScoringPass]:
         weights = _gathered(job, shape) + _root(job, shape)
         # Its weights are bf16 themselves, on one rank too: so is its residual stream.
         width, precision = job.teacher_width_tokens, Precision.SHARDED
-        passes.append(_ScoringPass("teacher's log-probs", shape, width, precision, weights))
+        name, head = "teacher's log-probs", _head(job, shape)
+        passes.append(_ScoringPass(name, shape, width, precision, weights, head))
     if job.recomputes_old:
         shape = job.student
         weights = _gathered(job, shape) + _student_held(job)
         name, width = "old log-probs", job.width_tokens
-        passes.append(_ScoringPass(name, shape, width, job.precision, weights))
+        passes.append(_ScoringPass(name, shape, width, job.precision, weights, _head(job, shape)))
     return passes
 
 
-def _adam(job: Job, stays: float) -> Line:
+def _adam(job: Job, held: float) -> Line:
+    """`held`: what stays, and the gradients."""
     if job.offloads:
-        return same("AdamW", stays, "on the CPU, in host memory")
+        return same("AdamW", held, "on the CPU, in host memory")
     if job.is_adam_fused:
-        return same("AdamW", stays, "stays: the fused kernel needs nothing else")
+        return same("AdamW", held, "stays + gradients: the fused kernel needs nothing else")
     extra = FP32 * job.student.trained_parameters / job.cluster.ranks
-    return same("AdamW", stays + extra, "stays + 4 P / n: foreach holds the roots of all moments")
+    formula = "stays + gradients + 4 P / n: foreach holds the roots of all moments"
+    return same("AdamW", held + extra, formula)

@@ -14,14 +14,15 @@ from xopd.plan.timing import StepTime, step_time
 LEFT_OUT = (
     "Left out: fragmentation and library workspaces (the reserve stands for them), the audio tower "
     "at work, padding of rows of unlike length in the times, evaluation, data loading, launches, "
-    "latencies, the slowest rank, and what an engine needs beside weights and cache."
+    "latencies, the slowest rank, what an engine needs beside weights and cache, what its GPUs "
+    "exchange, and an lm_head that scoring leaves gathered when its stage is over."
 )
 SYMBOLS = (
-    "n ranks; g GPUs of an engine; N positions of a pass; T the longest row; P trained parameters, "
-    "P_T the teacher's, P_l of a layer, P_head of lm_head, A of the decoder that a token meets; F "
-    "frozen, F_r of them outside layers; V vocabulary, D hidden size, L layers, H heads, K of them "
-    "with keys, h head size; E experts, k a token, I inner size; r bytes of the residual stream; "
-    "U = 2 N V D FLOPs, one product with lm_head."
+    "n ranks; g GPUs of the one engine; N positions of a pass; T the longest row; P trained "
+    "parameters, P_T the teacher's, P_l of a layer, P_head of lm_head, A of the decoder that a "
+    "token meets; F frozen, F_r of them outside layers; V vocabulary, D hidden size, L layers, H "
+    "heads, K of them with keys, h head size; E experts, k a token, I inner size; r bytes of the "
+    "residual stream; U = 2 N V D FLOPs, one product with lm_head."
 )
 _HEADINGS = tuple(head.value for head in Head)
 
@@ -40,7 +41,7 @@ def plan_text(job: Job, *, explains: bool = False) -> str:
     if explains:
         parts.append(f"Symbols: {SYMBOLS}")
         for title, lines in (
-            ("Memory", (*memory.resident, *memory.parts, *memory.stages)),
+            ("Memory", (*memory.resident, *memory.parts, *memory.stages, memory.host)),
             ("Time", (*time.stages, *time.background)),
         ):
             formulas = "\n".join(f"- {line.name}: {line.formula}" for line in lines)
@@ -80,13 +81,10 @@ def _teacher_text(job: Job) -> str:
 def _engine_text(job: Job) -> str:
     if job.rollout_place is RolloutPlace.GENERATE:
         return f"rollouts by transformers' generate, batches of {job.generate_rows}"
-    where = "on the training GPUs, asleep while they train"
+    where = f"on {job.engine_gpus} GPUs of the first machine, asleep while they train"
     if job.rollout_place is RolloutPlace.SERVER:
         where = f"on a server of {job.server_gpus} GPUs"
-    return (
-        f"rollouts by an engine {where}: replicas of {job.engine_gpus} GPUs, up to "
-        f"{job.engine_rows} rollouts at a time"
-    )
+    return f"rollouts by one engine {where}: up to {job.engine_rows} rollouts at a time"
 
 
 def _settings(job: Job) -> str:
@@ -130,8 +128,7 @@ def _memory_table(job: Job, memory: RankMemory, most: Sequence[int]) -> str:
         )
     )
     rows.append(_row("largest micro-batch that fits, rollouts", most, _rollouts))
-    if job.offloads:
-        rows.append(_row("host memory of a node", [memory.host_node_bytes] * len(Head), _gigabytes))
+    rows.append(_row(memory.host.name, memory.host.values, _gigabytes))
     return _table("GPU memory of a rank, GB (10^9 bytes)", rows)
 
 

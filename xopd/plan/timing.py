@@ -55,15 +55,15 @@ def _head_s(job: Job, shape: ModelShape, gemms: HeadGemms, total_tokens: float) 
     return gemms.bf16 * unit / cluster.bf16_flops + gemms.fp32 * unit / cluster.fp32_flops
 
 
-def _gather_pass_s(job: Job, shape: ModelShape, shard_size: int) -> float:
-    """Seconds of gathering a whole model once in bf16, unit by unit.
+def _gather_s(job: Job, parameters: int, shard_size: int) -> float:
+    """Seconds of gathering so many parameters once in bf16, unit by unit.
 
-    Offloaded, its shards come from the host first, `shard_size` bytes an element.
+    Offloaded, their shards come from the host first, `shard_size` bytes an element.
     """
-    seconds = job.cluster.gather_s(BF16 * float(shape.trained_parameters))
+    seconds = job.cluster.gather_s(BF16 * float(parameters))
     if not job.offloads:
         return seconds
-    return max(seconds, shard_size * shape.trained_parameters / job.cluster.ranks / _host_rate(job))
+    return max(seconds, shard_size * parameters / job.cluster.ranks / _host_rate(job))
 
 
 def _host_rate(job: Job) -> float:
@@ -73,32 +73,32 @@ def _host_rate(job: Job) -> float:
 def _rollout(job: Job) -> Line:
     if job.rollout_place is RolloutPlace.GENERATE:
         return _generate(job)
-    cluster, shape, gpus = job.cluster, job.student, job.engine_gpus
-    rows = min(job.engine_rows, job.replica_rows)
+    cluster, shape = job.cluster, job.student
+    rows = min(job.engine_rows, job.rows)
     prompt = (job.speech_prompt_tokens + job.text_prompt_tokens) / 2
     prefill_tokens = job.prompts_per_step * (job.speech_prompt_tokens + job.text_prompt_tokens)
     prefill = prefill_tokens * layer_flops(shape, prompt) / job.sampling_gpus / cluster.bf16_flops
-    step_s = _decode_s(job, rows, prompt, gpus)
-    steps = max(job.replica_rows * job.mean_response_tokens / rows, float(job.response_tokens))
+    step_s = _decode_s(job, rows, prompt, job.sampling_gpus, job.cache_parts)
+    steps = max(job.rows * job.mean_response_tokens / rows, float(job.response_tokens))
     return same(
         "rollouts",
         prefill + steps * step_s,
-        "prefill of each prompt once + steps * max(bytes / memory, FLOPs / compute) of g GPUs; "
-        "steps = max(replica rows * mean response / rows at a time, longest response); bytes = 2 "
-        "(weights that rows at a time touch) + rows (prompt + mean response / 2) 2 (2 L K h)",
+        "one engine of g GPUs: prefill of each prompt once + steps * max(bytes / memory of a GPU, "
+        "FLOPs / g / compute); steps = max(all rows * mean response / rows at a time, longest "
+        "response); bytes = 2 (weights that rows at a time touch) / g + rows (prompt + mean "
+        "response / 2) 2 (2 L K h) / min(g, K)",
     )
 
 
-def _decode_s(job: Job, rows: int, prompt_tokens: float, gpus: int) -> float:
-    """Seconds in which a replica samples one token for each of its rows."""
+def _decode_s(job: Job, rows: int, prompt_tokens: float, gpus: int, cache_parts: int) -> float:
+    """Seconds in which so many GPUs together sample one token for each of the rows."""
     cluster, shape = job.cluster, job.student
     context = prompt_tokens + job.mean_response_tokens / 2
     touched = BF16 * shape.touched_parameters(rows)
     cache = rows * context * BF16 * shape.cache_elements_per_token
     flops = rows * (layer_flops(shape, 2 * context) + 2.0 * shape.head_parameters)
-    return max(
-        (touched + cache) / cluster.memory_bytes_per_s / gpus, flops / cluster.bf16_flops / gpus
-    )
+    read = touched / gpus + cache / cache_parts
+    return max(read / cluster.memory_bytes_per_s, flops / cluster.bf16_flops / gpus)
 
 
 def _generate(job: Job) -> Line:
@@ -107,8 +107,8 @@ def _generate(job: Job) -> Line:
     rows = min(job.generate_rows, job.rows)
     batches = -(-job.rows // rows)
     rounds = -(-batches // job.cluster.ranks)
-    gather = _gather_pass_s(job, job.student, FP32)
-    decode = max(_decode_s(job, rows, prompt, gpus=1), gather)
+    gather = _gather_s(job, job.student.trained_parameters, FP32)
+    decode = max(_decode_s(job, rows, prompt, gpus=1, cache_parts=1), gather)
     tokens = rows * prompt
     flops = tokens * (layer_flops(job.student, prompt) + 2.0 * job.student.head_parameters)
     prefill = max(flops / job.cluster.bf16_flops, gather)
@@ -132,38 +132,32 @@ def _teacher(job: Job) -> Line:
             flops / job.server_gpus / job.cluster.bf16_flops,
             "forward FLOPs of each text prompt once and every response / the server's GPUs",
         )
-    gather_s = _gather_pass_s(job, shape, BF16)
-    return Line(
-        "teacher's log-probs",
-        _scoring_values(job, shape, job.teacher_total_tokens, gather_s),
-        _SCORING,
-    )
+    values = _scoring_values(job, shape, job.teacher_total_tokens, BF16)
+    return Line("teacher's log-probs", values, _SCORING)
 
 
 def _old(job: Job) -> Line:
-    shape = job.student
-    gather_s = _gather_pass_s(job, shape, FP32)
-    return Line(
-        "old log-probs",
-        _scoring_values(job, shape, job.student_total_tokens, gather_s),
-        _SCORING,
-    )
+    values = _scoring_values(job, job.student, job.student_total_tokens, FP32)
+    return Line("old log-probs", values, _SCORING)
 
 
 _SCORING = (
-    "max(tokens (2 A + 2 L H h T) / n / compute + lm_head, passes * gathering 2 P); lm_head: 1 U = "
-    "2 V D a token, naive of prompts and responses, the others of responses"
+    "max(tokens (2 A + 2 L H h T) / n / compute + lm_head, passes * gathering 2 P, of lm_head "
+    "once); lm_head: 1 U = 2 V D a token, naive of prompts and responses, the others of responses"
 )
 
 
 def _scoring_values(
-    job: Job, shape: ModelShape, total_tokens: float, gather_s: float
+    job: Job, shape: ModelShape, total_tokens: float, shard_size: int
 ) -> tuple[float, ...]:
     """Seconds by column of a forward pass over all rows, gathered once a pass."""
+    # The first pass leaves lm_head gathered for the others.
+    traffic = job.passes * _gather_s(job, shape.trained_parameters, shard_size)
+    traffic -= (job.passes - 1) * _gather_s(job, shape.head_parameters, shard_size)
     cluster, flops = job.cluster, layer_flops(shape, total_tokens / job.rows)
     layers = total_tokens * flops / cluster.ranks / cluster.bf16_flops
     return tuple(
-        max(layers + _head_s(job, shape, SCORING_GEMMS[head], total_tokens), job.passes * gather_s)
+        max(layers + _head_s(job, shape, SCORING_GEMMS[head], total_tokens), traffic)
         for head in Head
     )
 
@@ -179,7 +173,7 @@ def _update(job: Job) -> Line:
             max(layers + _head_s(job, shape, LOSS_GEMMS[head], tokens), traffic) for head in Head
         ),
         "max(3 forward passes (4 with checkpointing) + lm_head, passes * (gathering 2 P twice, of "
-        "the root once, + reducing 4 P)); lm_head: naive 3 U of prompts and responses, Liger 2 U "
+        "lm_head once, + reducing 4 P)); lm_head: naive 3 U of prompts and responses, Liger 2 U "
         "in bf16 and 2 U in fp32 without tensor cores (torch's default for fp32) of responses, "
         "ours 3 U of responses",
     )
@@ -191,8 +185,8 @@ def _pass_traffic_s(job: Job) -> float:
         return 0.0
     cluster, shape = job.cluster, job.student
     reduced = cluster.gather_s(FP32 * float(shape.trained_parameters))
-    kept = cluster.gather_s(BF16 * float(shape.head_parameters))
-    seconds = 2 * _gather_pass_s(job, shape, FP32) - kept + reduced
+    kept = _gather_s(job, shape.head_parameters, FP32)
+    seconds = 2 * _gather_s(job, shape.trained_parameters, FP32) - kept + reduced
     if job.offloads:
         seconds += FP32 * shape.trained_parameters / cluster.ranks / _host_rate(job)
     return seconds
@@ -208,29 +202,52 @@ def _adam(job: Job) -> Line:
 
 
 def _sync(job: Job) -> Line:
-    whole = BF16 * float(job.student.trained_parameters)
+    cluster, trained = job.cluster, float(job.student.trained_parameters)
+    gathered, whole = _gather_whole_s(job), BF16 * trained
     if job.rollout_place is RolloutPlace.GENERATE:
         return same("weight sync", 0.0, "none: the student itself samples")
     if job.rollout_place is RolloutPlace.COLOCATED:
+        to_host = 0.0 if job.offloads else whole / _host_rate(job)
         return same(
             "weight sync",
-            job.cluster.gather_s(whole),
-            "2 P gathered over the ranks, a tensor at a time",
+            gathered + to_host + 2 * whole / cluster.host_memory_bytes_per_s,
+            f"{_GATHERED} + 2 P / host link of the first GPU (0 if offloaded) + (2 P written to a "
+            "folder in memory + 2 P read by the engine's process) / a node's host memory bandwidth",
         )
-    network = job.cluster.gpu.network_bytes_per_s * job.cluster.link_share
+    network = cluster.gpu.network_bytes_per_s * cluster.link_share
     return same(
         "weight sync",
-        max(job.cluster.gather_s(whole), whole / network),
-        "max(2 P gathered over the ranks, 2 P / the network of one GPU, which sends)",
+        max(gathered, whole / network),
+        f"by NCCL: max({_GATHERED}, 2 P / the network of one GPU, which sends)",
     )
+
+
+_GATHERED = (
+    "4 P gathered in fp32, a tensor at a time (offloaded: by all ranks of a node in host memory)"
+)
+
+
+def _gather_whole_s(job: Job) -> float:
+    """Seconds of gathering the fp32 weights tensor by tensor, where their shards rest."""
+    whole = FP32 * float(job.student.trained_parameters)
+    ring = job.cluster.gather_s(whole)
+    if not job.offloads:
+        return ring
+    return max(ring, whole * job.cluster.gpus_per_node / job.cluster.host_memory_bytes_per_s)
 
 
 def _checkpoint(job: Job) -> tuple[Line, ...]:
     cluster = job.cluster
     whole = 3.0 * FP32 * job.student.trained_parameters
-    copied = 0.0 if job.offloads else whole / cluster.ranks / _host_rate(job)
+    copied = whole / cluster.ranks / _host_rate(job)
+    if job.offloads:  # from host memory to host memory: read and written
+        copied = 2 * whole / cluster.nodes / cluster.host_memory_bytes_per_s
     return (
-        same("checkpoint: copy to the host", copied, "12 P / n / host link; 0 if offloaded"),
+        same(
+            "checkpoint: copy to the host",
+            copied,
+            "12 P / n / host link; offloaded: 2 * 12 P / nodes / a node's host memory bandwidth",
+        ),
         same(
             "checkpoint: write, beside the next steps",
             whole / cluster.nodes / cluster.storage_bytes_per_s,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from xopd.config import Config, Dtype, load_config
 from xopd.errors import UserError
+from xopd.vllm.version import check_version
 
 if TYPE_CHECKING:
     from xopd.models import SpeechLM
@@ -70,8 +71,8 @@ def run_export(args: argparse.Namespace) -> int:
     """Write the folder of a parsed command line."""
     from xopd.models import load_student
 
-    if args.out.exists() and any(args.out.iterdir()):
-        raise UserError(f"{args.out} is not empty: name a new folder.")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        raise UserError(f"{args.out} is not an empty folder: name a new one.")
     _write(load_student(args.student), args.out, Dtype(args.dtype))
     print(args.out)
     return 0
@@ -80,6 +81,13 @@ def run_export(args: argparse.Namespace) -> int:
 def run_serve(args: argparse.Namespace) -> int:
     """Become the server of a parsed command line."""
     config = load_config(args.config, args.overrides)
+    if not args.print:
+        from xopd.vllm.local import installed_version
+
+        check_version(installed_version(), "the installed package")
+        path = config.model.student if args.what == "student" else config.model.teacher
+        section = "vllm" if args.what == "student" else "teacher"
+        _check_positions(path, section, getattr(config, section).max_model_len)
     if args.what == "student":
         command, environment = _student(config, writes=not args.print)
     else:
@@ -103,7 +111,20 @@ def _student(config: Config, *, writes: bool) -> tuple[list[str], dict[str, str]
             model.student, revision=model.revision, trust_remote_code=model.trust_remote_code
         )
         _write(student, folder, config.vllm.dtype)
-    return serve_command(str(folder), config.server, config.vllm)
+    remote = config.http.allow_remote
+    return serve_command(str(folder), config.server, config.vllm, allow_remote=remote)
+
+
+def _check_positions(path: str, section: str, max_model_len: int) -> None:
+    """Refuse a length that the model has no positions for; vLLM would, minutes later."""
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(path).get_text_config()
+    if max_model_len > text.max_position_embeddings:
+        raise UserError(
+            f"{section}.max_model_len is {max_model_len}, and {path!r} has "
+            f"{text.max_position_embeddings} positions: lower the first"
+        )
 
 
 def _write(student: SpeechLM, folder: Path, dtype: Dtype) -> None:
@@ -124,4 +145,10 @@ def _teacher(config: Config, replica: int) -> list[str]:
             f"--replica is {replica}, but teacher.urls names {len(urls)} servers: "
             + ("set teacher.urls" if not urls else f"give 0 to {len(urls) - 1}")
         )
-    return teacher_command(config.model.teacher, urls[replica], config.teacher, config.model.dtype)
+    return teacher_command(
+        config.model.teacher,
+        urls[replica],
+        config.teacher,
+        config.model.dtype,
+        allow_remote=config.http.allow_remote,
+    )

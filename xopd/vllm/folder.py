@@ -106,6 +106,7 @@ def _write_shard(shard: dict[str, Tensor], folder: Path, written: dict[str, str]
     try:
         # A reader of the old file keeps it: the new one takes its name, not its place.
         save_file(shard, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # a server of another user reads it, too
         os.replace(temporary, folder / name)
     except (OSError, SafetensorError) as error:
         raise VllmError(

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 from xopd.vllm.options import HttpConfig, VllmError, checked_url
 
@@ -40,6 +40,13 @@ class _AttemptError(Exception):
     def __init__(self, reason: str, *, may_retry: bool, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.may_retry, self.wait_s = may_retry, wait_s
+
+
+class _Patience(NamedTuple):
+    """With one call."""
+
+    tries: int
+    longest_s: float  # of each
 
 
 class Deadline:
@@ -82,22 +89,34 @@ class HttpClient:
 
     def get(self, path: str, deadline: Deadline) -> dict[str, Json]:
         """The JSON object at a path."""
-        return self._call("GET", path, None, deadline, may_repeat=True).body
+        patience = _Patience(self._options.retries + 1, self._options.attempt_s)
+        return self._call("GET", path, None, deadline, patience).body
 
     def post(
-        self, path: str, body: Mapping[str, Any], deadline: Deadline, *, may_repeat: bool = True
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        deadline: Deadline,
+        *,
+        may_repeat: bool = True,
+        is_long: bool = False,
     ) -> Reply:
-        """Send a JSON object and get one. may_repeat: whether the server may see it twice."""
-        text = json.dumps(body, allow_nan=False)
-        return self._call("POST", path, text.encode(), deadline, may_repeat=may_repeat)
+        """Send a JSON object and get one.
+
+        may_repeat: whether the server may see it twice. is_long: a try has until the deadline.
+        """
+        content = json.dumps(body, allow_nan=False).encode()
+        longest_s = deadline.seconds if is_long else self._options.attempt_s
+        tries = self._options.retries + 1 if may_repeat else 1
+        return self._call("POST", path, content, deadline, _Patience(tries, longest_s))
 
     def _call(
-        self, method: str, path: str, body: bytes | None, deadline: Deadline, *, may_repeat: bool
+        self, method: str, path: str, body: bytes | None, deadline: Deadline, patience: _Patience
     ) -> Reply:
-        tries = self._options.retries + 1 if may_repeat else 1
+        tries, longest_s = patience
         reason = "no time was left to call it"
         for number in range(tries):
-            limit_s = min(self._options.attempt_s, deadline.left_s())
+            limit_s = min(longest_s, deadline.left_s())
             if limit_s <= 0:
                 break
             try:
@@ -222,9 +241,8 @@ def _refuse_status(response: http.client.HTTPResponse, content: bytes) -> NoRetu
         raise _AttemptError(reason, may_retry=False)
     words = " ".join(content.decode("utf-8", "replace").split())[:_SHOWN]
     hint = {
-        401: "; set api_key_file or api_key_env to the key that it was started with",
-        404: "; it may be another program or another version of vLLM, or started without "
-        "VLLM_SERVER_DEV_MODE=1",
+        401: "; set http.api_key_file or http.api_key_env to the key that it was started with",
+        404: "; it may be another program, another version of vLLM, or not started by xopd serve",
     }.get(status, "")
     raise _AttemptError(
         f"status {status}{hint}: {words!r}",

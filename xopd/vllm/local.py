@@ -7,6 +7,7 @@ spares the copy, and suits a GPU: on the CPU vLLM binds the threads of the whole
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
@@ -30,7 +31,8 @@ NEVER = -1e30
 MAX_BIASED = 1024
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"  # read by vLLM when an engine starts
 MEMORY = Path("/dev/shm")
-PREFIX = "xopd-vllm-"  # of folders; the id of the process that made it follows
+PREFIX = "xopd-vllm-"  # of folders
+LOCK = ".lock"  # in them, held by the process that made them
 
 
 class LocalBackend:
@@ -48,7 +50,9 @@ class LocalBackend:
         self._is_asleep = False
         parent = MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir())
         remove_leftovers(parent)
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=parent))
+        self._folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        self._lock = (self._folder / LOCK).open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._llm: Any = None  # vLLM is not imported before it is needed
         write_folder(student, self._folder, options.dtype)
 
@@ -58,6 +62,10 @@ class LocalBackend:
         if self._options.own_process:
             write_weights(weights, self._folder)
             given = {"weights_path": str(self._folder)}
+        with _naming():
+            self._load(given, version)
+
+    def _load(self, given: dict[str, Any], version: int) -> None:
         if self._llm is None:
             self._llm = self._started()
         if self._is_asleep:
@@ -73,11 +81,14 @@ class LocalBackend:
 
     def check(self, expected: dict[str, Fingerprint], version: int) -> None:
         """See `Backend`."""
-        label = self._llm.get_weight_version()
+        with _naming():
+            label = self._llm.get_weight_version()
         if label != str(version):
             raise VllmError(f"the engine has weights {label!r}, not {version}: restart the run.")
         names = (fingerprint_request(expected),)
-        check_fingerprint(expected, self._llm.collective_rpc("xopd_fingerprint", args=names))
+        with _naming():
+            held = self._llm.collective_rpc("xopd_fingerprint", args=names)
+        check_fingerprint(expected, held)
 
     def generate(self, calls: Sequence[Call], sampling: Sampling) -> list[Generated]:
         """See `Backend`."""
@@ -99,7 +110,8 @@ class LocalBackend:
             else {"prompt_embeds": call.embeds}
             for call in calls
         ]
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        with _naming():
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
         if len(outputs) != len(calls):
             raise VllmError(f"vLLM gave {len(outputs)} answers to {len(calls)} requests.")
         return [
@@ -118,6 +130,7 @@ class LocalBackend:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def _started(self) -> Any:
         wanted = "1" if self._options.own_process else "0"
@@ -133,7 +146,10 @@ class LocalBackend:
         if options.kv_cache_bytes is not None:
             more["kv_cache_memory_bytes"] = options.kv_cache_bytes
         with _without_torchrun():
-            return self._start(LLM, more)
+            llm = self._start(LLM, more)
+        if options.own_process:
+            llm.collective_rpc("xopd_watch", args=(str(os.getpid()),))
+        return llm
 
     def _start(self, llm: Any, more: Mapping[str, Any]) -> Any:
         options = self._options
@@ -162,22 +178,40 @@ class LocalBackend:
         self._llm.llm_engine.reset_encoder_cache()
 
 
+@contextmanager
+def _naming() -> Iterator[None]:
+    """An engine that failed, as an error that all ranks can be told."""
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except (EngineDeadError, EngineGenerateError, RuntimeError) as error:
+        words = str(error).strip().splitlines()
+        raise VllmError(
+            f"vLLM's engine failed: {words[0][:300] if words else type(error).__name__}. Its own "
+            "words are above; the same command resumes the run."
+        ) from error
+
+
 def remove_leftovers(parent: Path) -> None:
     """Delete our user's folders of processes that are gone: a killed one leaves gigabytes."""
-    for path in parent.glob(f"{PREFIX}*-*"):
-        number = path.name.removeprefix(PREFIX).partition("-")[0]
-        if number.isdigit() and path.stat().st_uid == os.getuid() and not _is_alive(int(number)):
+    for path in parent.glob(f"{PREFIX}*"):
+        try:
+            is_ours = path.is_dir() and not path.is_symlink() and path.stat().st_uid == os.getuid()
+            lock = os.open(path / LOCK, os.O_RDWR) if is_ours else None
+        except OSError:  # gone, or being made
+            continue
+        if lock is None:
+            continue
+        try:
+            # The lock ends with its process, whatever number that has in whose namespace.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
+        finally:
+            os.close(lock)
 
 
 @contextmanager

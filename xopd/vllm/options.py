@@ -51,8 +51,8 @@ class HttpConfig(Section):
     """Longest time of one try."""
     deadline_s: _Seconds = 600.0
     """Longest time of all calls of a stage together, retries included."""
-    retries: Annotated[int, Range(0, 1000)] = 4
-    """More tries after the first."""
+    retries: Annotated[int, Range(0, 1000)] = 1000
+    """More tries after the first, as long as the deadline leaves time for them."""
     backoff_s: _Seconds = 0.5
     """Longest wait before the first retry; it doubles with each."""
     max_response_bytes: Annotated[int, Range(1, 2**40)] = 256 * 1024 * 1024
@@ -92,9 +92,9 @@ class VllmConfig(Section):
     max_num_seqs: _Count = 256
     """Trajectories decoded at once."""
     gpu_memory_utilization: Annotated[float, Range(0.0, 1.0, low_open=True)] = 0.5
-    """Share of each GPU that it takes; the trainer needs the rest."""
+    """Share of each GPU, on a CPU of the host's memory; the trainer needs the rest."""
     kv_cache_bytes: Annotated[int | None, Range(1, 2**50)] = None
-    """Size of its cache of keys and values; null: on a GPU what gpu_memory_utilization leaves."""
+    """Size of its cache of keys and values; null: what gpu_memory_utilization leaves."""
     tensor_parallel: _Count = 1
     """GPUs over which its weights are spread."""
     enforce_eager: bool = False
@@ -138,6 +138,14 @@ class TeacherConfig(Section):
     """The name that they serve."""
     max_model_len: _Count = 4096
     """Longest prompt and response together, in tokens, that they must take."""
+    gpu_memory_utilization: Annotated[float, Range(0.0, 1.0, low_open=True)] = 0.4
+    """For `xopd serve teacher`: share of each GPU, or of the host's memory on a CPU."""
+    kv_cache_bytes: Annotated[int | None, Range(1, 2**50)] = None
+    """For `xopd serve teacher`: size of its cache; null: what gpu_memory_utilization leaves."""
+    tensor_parallel: _Count = 1
+    """For `xopd serve teacher`: GPUs over which its weights are spread."""
+    enforce_eager: bool = False
+    """For `xopd serve teacher`: no CUDA graphs and no compilation."""
     max_dropped: Annotated[float, Range(0.0, 1.0, high_open=True)] = 0.0
     """Share of a step's rollouts that may be left out because no replica could score them."""
 

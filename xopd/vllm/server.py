@@ -12,10 +12,9 @@ import base64
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock, Thread
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +41,7 @@ from xopd.vllm.version import check_version
 
 # The route clamps biases to this; a token's chance is below 1e-43 of the others'.
 UNLIKELY = -100.0
+START_S = 30.0  # a server that is there when a run starts answers sooner
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -54,7 +54,7 @@ class ServerBackend:
         self._server, self._http = server, http
         self._client = HttpClient(server.url, http)
         self._nccl: NcclSender | None = None
-        check_server(self._client, server.model, options.max_model_len, Deadline(http.deadline_s))
+        check_server(self._client, "student", server.model, options.max_model_len, http)
 
     def load(self, weights: LanguageModel, version: int) -> None:
         """See `Backend`."""
@@ -69,7 +69,8 @@ class ServerBackend:
                 "method": "reload_weights",
                 "kwargs": {"weights_path": str(Path(self._server.folder).resolve())},
             }
-            self._client.post("/collective_rpc", body, deadline)
+            # Large weights take as long as they take, and a second order would not hurry them.
+            self._client.post("/collective_rpc", body, deadline, is_long=True)
         self._forget(deadline)
         self._client.post("/update_weight_version", {"new_version": str(version)}, deadline)
 
@@ -158,25 +159,59 @@ def in_parallel(
 ) -> list[B | ServerError]:
     """What `work` gives for each item, in order, or the error that it raised."""
     has_failed = Event()
+    found: dict[int, B | ServerError] = {}
+    numbers = iter(range(len(items)))
+    lock = Lock()
 
-    def one(item: A) -> B | ServerError:
-        if has_failed.is_set():
-            return ServerError(_SKIPPED)
-        try:
-            return work(item)
-        except ServerError as error:
-            if stop_at_first:
-                has_failed.set()
-            return error
+    def loop() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            if has_failed.is_set():
+                found[number] = ServerError(_SKIPPED)
+                continue
+            try:
+                found[number] = work(items[number])
+            except ServerError as error:
+                if stop_at_first:
+                    has_failed.set()
+                found[number] = error
 
-    if not items:
-        return []
-    with ThreadPoolExecutor(min(connections, len(items))) as pool:
-        return list(pool.map(one, items))
+    # Daemons: a process that is told to end does not wait for calls that are under way.
+    count = min(connections, len(items))
+    threads = [Thread(target=loop, name="call", daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if len(found) < len(items):
+        raise RuntimeError("a call failed in its thread, whose traceback is above")
+    return [found[number] for number in range(len(items))]
 
 
-def check_server(client: HttpClient, model: str, max_model_len: int, deadline: Deadline) -> None:
-    """Refuse a server that is too old, serves another name, or takes too few tokens."""
+def check_server(
+    client: HttpClient, what: str, model: str, max_model_len: int, http: HttpConfig
+) -> None:
+    """Refuse a server that is away, too old, serves another name, or takes too few tokens.
+
+    what: "student" or "teacher", of which it is the server.
+    """
+    urls, section = ("server.url", "vllm") if what == "student" else ("teacher.urls", "teacher")
+    try:
+        _check_server(
+            client, model, max_model_len, section, Deadline(min(START_S, http.deadline_s))
+        )
+    except ServerError as error:
+        raise ServerError(
+            f"{error} ({urls} names it; `xopd serve {what} CONFIG` starts one)"
+        ) from error
+
+
+def _check_server(
+    client: HttpClient, model: str, max_model_len: int, section: str, deadline: Deadline
+) -> None:
     check_version(str(client.get("/version", deadline).get("version")), f"server {client.name}")
     cards = client.get("/v1/models", deadline).get("data")
     served = {
@@ -192,19 +227,20 @@ def check_server(client: HttpClient, model: str, max_model_len: int, deadline: D
     length = served[model]
     if not isinstance(length, int) or isinstance(length, bool) or length < max_model_len:
         raise ServerError(
-            f"server {client.name} takes {length} tokens, and max_model_len is {max_model_len}: "
-            "start it with a higher --max-model-len, or lower max_model_len."
+            f"server {client.name} takes {length} tokens, and {section}.max_model_len is "
+            f"{max_model_len}: start it with a higher --max-model-len, or lower "
+            f"{section}.max_model_len."
         )
 
 
 def serve_command(
-    folder: str, server: ServerConfig, options: VllmConfig
+    folder: str, server: ServerConfig, options: VllmConfig, *, allow_remote: bool = False
 ) -> tuple[list[str], dict[str, str]]:
     """The command line of a server of the student, and what its environment must hold.
 
     The key is no part of either: set VLLM_API_KEY in the environment, where `ps` does not show it.
     """
-    command = _command(folder, server.url, server.model, options.dtype)
+    command = _command(folder, server.url, server.model, options.dtype, allow_remote)
     for name, value in (
         ("--max-model-len", options.max_model_len),
         ("--max-num-seqs", options.max_num_seqs),
@@ -224,15 +260,22 @@ def serve_command(
     return command, {"VLLM_SERVER_DEV_MODE": "1"}
 
 
-def teacher_command(folder: str, url: str, options: TeacherConfig, dtype: Dtype) -> list[str]:
+def teacher_command(
+    folder: str, url: str, options: TeacherConfig, dtype: Dtype, *, allow_remote: bool = False
+) -> list[str]:
     """The command line of a server of the teacher, which needs none of the control routes."""
-    command = _command(folder, url, options.model, dtype)
-    return [*command, "--max-model-len", str(options.max_model_len)]
+    command = _command(folder, url, options.model, dtype, allow_remote)
+    command += ["--max-model-len", str(options.max_model_len)]
+    command += ["--tensor-parallel-size", str(options.tensor_parallel)]
+    command += ["--gpu-memory-utilization", str(options.gpu_memory_utilization)]
+    if options.kv_cache_bytes is not None:
+        command += ["--kv-cache-memory-bytes", str(options.kv_cache_bytes)]
+    return [*command, *(["--enforce-eager"] if options.enforce_eager else [])]
 
 
-def _command(folder: str, url: str, model: str, dtype: Dtype) -> list[str]:
+def _command(folder: str, url: str, model: str, dtype: Dtype, allow_remote: bool) -> list[str]:
     """What both have in common. The module, because the CPU build has no working `vllm serve`."""
-    parts = checked_url(url, allow_remote=True)
+    parts = checked_url(url, allow_remote=allow_remote)
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", folder]
     command += ["--host", str(parts.hostname), "--port", str(parts.port or 80)]
     command += ["--served-model-name", model, "--dtype", DTYPE_NAMES[dtype]]

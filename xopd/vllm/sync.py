@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from xopd.models import SpeechLM
 from xopd.models.speech_lm import VISION_LEAVES, leaf_modules
-from xopd.sharding import whole
+from xopd.sharding import reshard, whole
 from xopd.vllm.options import VllmError
 from xopd.vllm.worker import bit_sum
 
@@ -57,6 +57,7 @@ class LanguageModel:
 
     def begin(self) -> None:
         """A new pass is due."""
+        reshard(self._student.model)  # a forward pass may have left bf16 copies of some weights
         self._pass = None
 
     def finish(self) -> None:

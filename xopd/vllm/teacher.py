@@ -20,6 +20,10 @@ from xopd.vllm.http import Deadline, HttpClient, ServerError
 from xopd.vllm.options import HttpConfig, TeacherConfig
 from xopd.vllm.server import check_server, in_parallel, naming, unless_failed
 
+PROBE_TOKENS = 8
+# Nat. Scores of the same weights differ by what batches and kernels do to the last bits.
+SAME_TEACHER = 0.2
+
 
 class Trajectory(NamedTuple):
     """What a teacher scores."""
@@ -44,7 +48,17 @@ class VllmTeacher:
         self._clients = [HttpClient(url, http) for url in options.addresses()]
         deadline = Deadline(http.deadline_s)
         for client in self._clients:
-            check_server(client, options.model, options.max_model_len, deadline)
+            check_server(client, "teacher", options.model, options.max_model_len, http)
+        # The end of sequence alone: every teacher has it, and two that are not one differ there.
+        self._probe = Trajectory("", (eos_id,), (eos_id,) * PROBE_TOKENS)
+        self._known = [self._scored(self._probe, client, deadline) for client in self._clients]
+        for client, scores in zip(self._clients, self._known, strict=True):
+            gap = float((scores - self._known[0]).abs().max())
+            if not gap <= SAME_TEACHER:
+                raise ServerError(
+                    f"server {client.name} is another teacher than {self._clients[0].name}: their "
+                    f"scores of the same tokens differ by {gap:.3g} nat."
+                )
 
     def replica(self, prompt: str) -> int:
         """Which replica scores the trajectories of that prompt."""
@@ -58,11 +72,30 @@ class VllmTeacher:
         it, or stops. All calls together end by the deadline.
         """
         deadline = Deadline(self._http.deadline_s)
-        return in_parallel(
-            lambda row: self._scored(row, deadline),
+        found = in_parallel(
+            lambda row: self._scored(row, self._clients[self.replica(row.prompt)], deadline),
             rows,
             self._http.connections,
             stop_at_first=False,
+        )
+        problems = [self._problem(number, deadline) for number in range(len(self._clients))]
+        return [
+            problems[self.replica(row.prompt)] or one for one, row in zip(found, rows, strict=True)
+        ]
+
+    def _problem(self, number: int, deadline: Deadline) -> ServerError | None:
+        """None, or why what a replica said cannot be the scores of the teacher of the start."""
+        client = self._clients[number]
+        try:
+            scores = self._scored(self._probe, client, deadline)
+        except ServerError as error:
+            return error
+        gap = float((scores - self._known[number]).abs().max())
+        if gap <= SAME_TEACHER:
+            return None
+        return ServerError(
+            f"server {client.name} is not the teacher that it was: its scores of the same tokens "
+            f"have moved by {gap:.3g} nat. It was restarted with other weights."
         )
 
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
@@ -96,8 +129,7 @@ class VllmTeacher:
         with naming(client, "an answer"):
             return generated(reply, wanted, prompt_ids).token_ids
 
-    def _scored(self, row: Trajectory, deadline: Deadline) -> Tensor:
-        client = self._clients[self.replica(row.prompt)]
+    def _scored(self, row: Trajectory, client: HttpClient, deadline: Deadline) -> Tensor:
         body = {
             "model": self._options.model,
             "prompt": [*row.prompt_ids, *row.response_ids],

@@ -6,12 +6,19 @@ a server needs this package on its path. The module imports torch alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import time
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 from torch import Tensor
 
+WATCH_S = 1.0
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
@@ -25,10 +32,36 @@ def bit_sum(tensor: Tensor) -> int:
     return int(bits.sum(dtype=torch.int64))
 
 
+def _has_ended(process: int) -> bool:
+    """Whether there is no such process, or one that only waits to be noticed."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    return text.rpartition(")")[2].split()[0] in "ZX"
+
+
 class Fingerprints:
     """Mixed into vLLM's worker, whose `model_runner` it reads."""
 
     model_runner: Any
+
+    def xopd_watch(self, process: str) -> None:
+        """End this engine when the process of that number has ended, however that came.
+
+        A killed trainer cannot tell its children, which would keep the memory of its GPUs.
+        """
+        parent = os.getppid()  # the engine, or the trainer itself where the worker is the engine
+
+        def watch() -> None:
+            while not _has_ended(int(process)):
+                time.sleep(WATCH_S)
+            if parent != int(process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(parent, signal.SIGKILL)
+            os._exit(1)
+
+        Thread(target=watch, name="watch", daemon=True).start()
 
     def xopd_fingerprint(self, names: str) -> dict[str, list[str]]:
         """Elements and bit sum of each named parameter that this worker holds.

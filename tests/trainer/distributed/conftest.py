@@ -65,6 +65,21 @@ def served(
 
 
 @pytest.fixture(scope="session")
+def lossy(
+    served: tuple[str, ...], make_config: MakeConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, ...]]:
+    """Overrides after `served`: a server that cannot score one row in three or so."""
+    folder = tmp_path_factory.mktemp("lossy")
+    lm = load_teacher(make_config(folder / "run").model.teacher)
+    with running(folder) as (server, url):
+        server.state.scores = lambda ids: scores_of(lm, ids)
+        server.state.answers = lambda ids, limit: answer_of(lm, ids, limit)
+        server.state.max_model_len = 4096
+        server.state.refuses = lambda ids: len(set(ids)) > 1 and sum(ids) % 3 == 0
+        yield (f"teacher.urls={url}", "teacher.max_dropped=0.9", "http.retries=0")
+
+
+@pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """Runs jobs on that many ranks of this machine and waits for them; 0: without torchrun."""
 

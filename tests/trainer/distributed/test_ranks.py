@@ -61,6 +61,8 @@ class Case(NamedTuple):
     rate: str = "1e-3"
     is_served: bool = False  # the teacher: by a server, or by the ranks
     has_local_head: bool = False  # lm_head: each rank with its own classes, or gathered
+    is_lossy: bool = False  # the served teacher leaves some rows without a score
+    minibatches: int = 1
 
     @property
     def name(self) -> str:
@@ -74,15 +76,23 @@ class Case(NamedTuple):
             f"sharding.checkpoint_activations={str(self.recomputes).lower()}",
             f"optim.learning_rate={self.rate}",
             f"sharding.vocab_parallel_head={str(self.has_local_head).lower()}",
+            f"loss.minibatches={self.minibatches}",
         ]
 
 
 # At rate 0 all gradients are at the same weights: what differs is the order of sums alone.
-KINDS = [(rate, is_served) for rate in ("1e-3", "0.0") for is_served in (False, True)]
+# What the steps of one process depend on: learning rate, teacher, its losses, minibatches.
+Kind = tuple[str, bool, bool, int]
+KINDS: list[Kind] = [
+    (rate, is_served, False, 1) for rate in ("1e-3", "0.0") for is_served in (False, True)
+]
+KINDS += [("1e-3", True, True, 1), ("1e-3", True, True, 2)]
 CASES = [Case(passes, balanced, rate="0.0") for passes in (1, 4) for balanced in (True, False)]
 CASES += [Case(1), Case(4, is_balanced=False), Case(1, recomputes=True)]
 CASES += [Case(1, rate="0.0", is_served=True), Case(4, is_served=True)]
 CASES += [Case(1, rate="0.0", has_local_head=True), Case(4, has_local_head=True)]
+CASES += [Case(4, is_served=True, is_lossy=True)]
+CASES += [Case(1, is_served=True, is_lossy=True, has_local_head=True, minibatches=2)]
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +101,20 @@ def single(
     make_config: MakeConfig,
     launch: Launch,
     served: tuple[str, ...],
-) -> dict[tuple[str, bool], list[dict[str, Tensor]]]:
-    """The steps of one process in one pass, for each learning rate and teacher."""
+    lossy: tuple[str, ...],
+) -> dict[Kind, list[dict[str, Tensor]]]:
+    """The steps of one process in one pass of each minibatch."""
     root, jobs = tmp_path_factory.mktemp("single"), []
-    for rate, is_served in KINDS:
-        out = root / f"{rate}_{is_served}"
-        overrides = (*SMOOTH, "train.micro_batch=16", f"optim.learning_rate={rate}")
-        config = make_config(out / "run", *overrides, *(served if is_served else ()))
+    for kind in KINDS:
+        rate, is_served, is_lossy, minibatches = kind
+        out = root / "_".join(map(str, kind))
+        overrides = [*SMOOTH, "train.micro_batch=16", f"optim.learning_rate={rate}"]
+        overrides += [f"loss.minibatches={minibatches}"]
+        overrides += [*(served if is_served else ()), *(lossy if is_lossy else ())]
+        config = make_config(out / "run", *overrides)
         jobs.append({"kind": "trace", "config": written(out, config), "out": str(out)})
     launch(0, jobs)
-    return {kind: traced(root / f"{kind[0]}_{kind[1]}") for kind in KINDS}
+    return {kind: traced(root / "_".join(map(str, kind))) for kind in KINDS}
 
 
 @pytest.fixture(scope="module", params=[2, 4], ids=["ranks2", "ranks4"])
@@ -110,6 +124,7 @@ def on_ranks(
     make_config: MakeConfig,
     launch: Launch,
     served: tuple[str, ...],
+    lossy: tuple[str, ...],
 ) -> Path:
     """Every case on that many ranks, one launch for all."""
     ranks = request.param
@@ -117,6 +132,7 @@ def on_ranks(
     for case in CASES:
         out = root / case.name
         overrides = [*case.overrides(ranks), *(served if case.is_served else ())]
+        overrides += lossy if case.is_lossy else ()
         config = written(out, make_config(out / "run", *overrides))
         jobs.append({"kind": "trace", "config": config, "out": str(out)})
     launch(ranks, jobs)
@@ -125,11 +141,11 @@ def on_ranks(
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_ranks_equal_one_process(
-    single: dict[tuple[str, bool], list[dict[str, Tensor]]], on_ranks: Path, case: Case
+    single: dict[Kind, list[dict[str, Tensor]]], on_ranks: Path, case: Case
 ) -> None:
     """Loss and parameters of all steps; at rate 0 every gradient tensor as well."""
     worst: dict[str, float] = {}
-    expected_steps = single[case.rate, case.is_served]
+    expected_steps = single[case.rate, case.is_served, case.is_lossy, case.minibatches]
     for one, many in zip(expected_steps, traced(on_ranks / case.name), strict=True):
         assert one.keys() == many.keys()
         for name, expected in one.items():
@@ -144,12 +160,33 @@ def test_ranks_equal_one_process(
 
 
 def test_a_served_teacher_teaches_as_a_local_one(
-    single: dict[tuple[str, bool], list[dict[str, Tensor]]],
+    single: dict[Kind, list[dict[str, Tensor]]],
 ) -> None:
-    for one, two in zip(single["1e-3", False], single["1e-3", True], strict=True):
+    near, far = single["1e-3", False, False, 1], single["1e-3", True, False, 1]
+    for one, two in zip(near, far, strict=True):
         for name, expected in one.items():
             if name.startswith("parameter."):
                 assert (two[name] - expected).norm() <= 1e-5 * expected.norm(), name
+    # And rows were lost where they should be, or the lossy cases would say nothing.
+    (loss, less) = (single["1e-3", True, lossy, 1][0]["loss"] for lossy in (False, True))
+    assert abs(float(loss - less)) > 1e-3 * abs(float(loss))
+
+
+def test_rollouts_ahead_on_ranks_are_those_of_one_process(
+    make_config: MakeConfig, launch: Launch, tmp_path: Path
+) -> None:
+    """An engine beside the trainer, whose backend is on the first rank alone."""
+    settings = (*BATCH, "rollout.engine=vllm", "rollout.max_staleness=1", "data.eval_limit=1")
+    runs = []
+    for ranks in (0, 2):
+        run = tmp_path / f"on_{ranks}"
+        config = written(tmp_path / f"c{ranks}", make_config(run, *settings, "optim.eps=1e-3"))
+        launch(ranks, [{"kind": "engine", "config": config, "out": str(tmp_path / "sampled")}])
+        runs.append(read_jsonl(run / "metrics.jsonl"))
+    for one, two in zip(*runs, strict=True):
+        assert one["staleness"] == two["staleness"] == min(one["step"], 1)
+        assert one["tokens"] == two["tokens"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
 
 
 def fingerprint(run: Path) -> dict[str, object]:

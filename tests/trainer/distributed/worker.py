@@ -15,9 +15,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.vllm.folder_backend import FolderBackend
+from xopd import parts as parts_module
 from xopd import run as run_module
 from xopd.advantage import Baseline
 from xopd.config import Config, load_config
+from xopd.models import SpeechLM
 from xopd.optimizer import build_optimizer, learning_rate
 from xopd.ranks import is_first_process, joined
 from xopd.rollout import GenerateEngine, Request, Sampled
@@ -30,7 +33,9 @@ from xopd.train import train
 class Job(TypedDict):
     """One entry of the JSON file."""
 
-    kind: str  # "trace": every gradient of every step; "train": the whole of `xopd train`
+    # "trace": every gradient of every step; "train": the whole of `xopd train`; "engine": the same
+    # with a backend of transformers in place of vLLM.
+    kind: str
     config: str  # YAML file
     out: str  # trace: folder for step_N.safetensors; train: JSON lines of what was sampled
 
@@ -71,14 +76,26 @@ def trace(config: Config, out: Path) -> None:
         world.barrier()
 
 
+def use_folder_backend(folder: Path) -> None:
+    """Runs whose config asks for vLLM get its stand-in."""
+
+    def make(student: SpeechLM, options: object, *, ranks: int) -> FolderBackend:
+        return FolderBackend(student, folder)
+
+    parts_module.LocalBackend = make  # type: ignore[assignment,misc]
+    run_module.check_reachable = lambda config, world: None
+
+
 def main(jobs: Sequence[Job]) -> None:
     torch.set_num_threads(1)
-    run_module.GenerateEngine = Recording  # type: ignore[misc]
+    parts_module.GenerateEngine = Recording  # type: ignore[misc]
     for job in jobs:
         config = load_config(Path(job["config"]), [])
         if job["kind"] == "trace":
             trace(config, Path(job["out"]))
             continue
+        if job["kind"] == "engine":
+            use_folder_backend(Path(job["out"]))
         Recording.sampled = []
         train(config)
         if is_first_process():

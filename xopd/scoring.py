@@ -15,6 +15,7 @@ from torch import Tensor
 
 from xopd.head import IGNORE, Head, fused_head
 from xopd.models import SpeechLM, TextLM
+from xopd.sharding import reshard
 from xopd.types import Modality, Rollout
 from xopd_kernels import LinearLogprob, linear_logprob
 from xopd_kernels.backend import BackendChoice
@@ -103,7 +104,9 @@ def score(
     passes: the rows of each forward pass; the result has the same shape. A TextLM reads the text
     prompt whatever the rollout's modality: that is the cross-modal half of X-OPD (paper, eq. 2).
     """
-    return [_scored(lm, rows, temperature, backend) for rows in passes]
+    found = [_scored(lm, rows, temperature, backend) for rows in passes]
+    reshard(lm.model)  # no backward pass comes that would let go of lm_head
+    return found
 
 
 def _scored(

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from tests.vllm.folder_backend import FolderBackend
+from tests.trainer.distributed.folder_backend import FolderBackend
 from tests.vllm.models import Store, demo_student, disturb, rollout_config, scorer
 from xopd.models import SpeechLM
 from xopd.prompts import PromptStore

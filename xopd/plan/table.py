@@ -14,8 +14,8 @@ from xopd.plan.timing import StepTime, step_time
 LEFT_OUT = (
     "Left out: fragmentation and library workspaces (the reserve stands for them), the audio tower "
     "at work, padding of rows of unlike length in the times, evaluation, data loading, launches, "
-    "latencies, the slowest rank, what an engine needs beside weights and cache, what its GPUs "
-    "exchange, and an lm_head that scoring leaves gathered when its stage is over."
+    "latencies, the slowest rank, what an engine needs beside weights and cache, and what its GPUs "
+    "exchange."
 )
 SYMBOLS = (
     "n ranks; g GPUs of the one engine; N positions of a pass; T the longest row; P trained "

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import ClassVar, TypedDict
 
 import torch
+from folder_backend import FolderBackend  # beside this script
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.vllm.folder_backend import FolderBackend
 from xopd import parts as parts_module
 from xopd import run as run_module
 from xopd.advantage import Baseline
@@ -95,7 +95,7 @@ def main(jobs: Sequence[Job]) -> None:
             trace(config, Path(job["out"]))
             continue
         if job["kind"] == "engine":
-            use_folder_backend(Path(job["out"]))
+            use_folder_backend(Path(f"{job['out']}_engine"))
         Recording.sampled = []
         train(config)
         if is_first_process():

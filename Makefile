@@ -60,8 +60,11 @@ $(VLLM)/ready: requirements-vllm.txt
 		-r requirements-vllm.txt
 	@touch $@
 
+# The whole runs show what the other tests take apart; an engine takes a minute of two busy cores.
+VLLM_TESTS := tests/vllm
+check: VLLM_TESTS := tests/vllm/test_real_run.py
 test-vllm: $(VENV)/train $(VLLM)/ready  ## a real vLLM samples for the trainer and scores for its teacher
-	PYTHONPATH=$(CURDIR) $(VLLM)/bin/python -m pytest -m vllm tests/vllm
+	PYTHONPATH=$(CURDIR) $(VLLM)/bin/python -m pytest -m vllm $(VLLM_TESTS)
 
 test-reference: $(VENV)/peers  ## the tests of the operators on REFERENCE, where `test` has NATIVE
 	$(BIN)/python -m pytest --reference -m "not interpret and not compile and not gpu" \

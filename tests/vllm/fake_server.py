@@ -86,6 +86,7 @@ class FakeServer(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # all connections of some ranks at once, on a busy machine
 
     def __init__(self, state: State) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

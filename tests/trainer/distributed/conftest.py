@@ -76,7 +76,7 @@ def lossy(
         server.state.answers = lambda ids, limit: answer_of(lm, ids, limit)
         server.state.max_model_len = 4096
         server.state.refuses = lambda ids: len(set(ids)) > 1 and sum(ids) % 3 == 0
-        yield (f"teacher.urls={url}", "teacher.max_dropped=0.9", "http.retries=0")
+        yield (f"teacher.urls={url}", "teacher.max_dropped=0.9")
 
 
 @pytest.fixture(scope="session")

@@ -34,8 +34,8 @@ def judged(run: Run, shares: Sequence[Share]) -> tuple[list[Share], int]:
     raises UserError on all ranks where they are more than ``teacher.max_dropped`` allows.
     """
     # All at once: a teacher on servers has one deadline for a step.
-    scores = iter(run.teacher.score([rows for share in shares for rows in share.passes]))
-    found = [[next(scores) for _ in share.passes] for share in shares]
+    of_step = iter(run.teacher.score([rows for share in shares for rows in share.passes]))
+    found = [[next(of_step) for _ in share.passes] for share in shares]
     dropped = _check_dropped(run, shares, found)
     shares = [_scored(run, share, scores) for share, scores in zip(shares, found, strict=True)]
     return [share._replace(passes=_with_old(run, share.passes)) for share in shares], dropped

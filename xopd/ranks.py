@@ -61,21 +61,8 @@ class World:
 
         The other ranks wait for it and do not call `work`.
         """
-        if self.size == 1:
-            return work()
-        found: list[T] = []
-        problem: UserError | None = None
-        if self.is_first:
-            try:
-                found.append(work())
-            except UserError as error:
-                problem = error
-        found, words = self.first((found, None if problem is None else str(problem)))
-        if problem is not None:
-            raise problem
-        if words is not None:
-            raise UserError(words)
-        return found[0]
+        found = self.together(lambda: [work()] if self.is_first else [])
+        return self.first(found)[0]
 
     def together(self, work: Callable[[], T]) -> T:
         """What ``work()`` returns on this rank; a UserError of one rank ends all of them."""

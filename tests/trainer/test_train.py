@@ -120,19 +120,25 @@ def test_the_audio_tower_stays_and_the_language_model_moves(whole: Path, student
     assert not all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+def cut(whole: Path, config: Config, done: int) -> None:
+    """A copy of a finished run in the config's folder, as if killed after `done` of four steps."""
+    run = Path(config.train.out_dir)
+    shutil.copytree(whole, run)
+    for step in range(done + 1, 5):
+        shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
+    shutil.rmtree(run / "student")
+    (run / "eval" / "after.json").unlink()
+    (run / "config.yaml").write_text(dump_config(config))
+
+
 @pytest.mark.parametrize("done", [0, 1, 2, 3])
 def test_resume_equals_the_uninterrupted_run(
     whole: Path, make_config: MakeConfig, tmp_path: Path, done: int
 ) -> None:
     """As if killed right after the checkpoint of step ``done``, later metrics already written."""
     run = tmp_path / "run"
-    shutil.copytree(whole, run)
-    for step in range(done + 1, 5):
-        shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
-    shutil.rmtree(run / "student")
-    (run / "eval" / "after.json").unlink()
     config = make_config(run, *STATEFUL)
-    (run / "config.yaml").write_text(dump_config(config))
+    cut(whole, config, done)
     assert train(config) == run
     assert fingerprint(run) == fingerprint(whole)
 
@@ -149,14 +155,8 @@ def test_a_run_that_samples_one_step_ahead_resumes_to_the_bit(
     lines = read_jsonl(whole / "metrics.jsonl")
     assert [line["staleness"] for line in lines] == [0, 1, 1, 1]
     for done in range(4):
-        run = tmp_path / f"cut_{done}"
-        shutil.copytree(whole, run)
-        for step in range(done + 1, 5):
-            shutil.rmtree(run / "checkpoints" / f"step_{step:06d}")
-        shutil.rmtree(run / "student")
-        (run / "eval" / "after.json").unlink()
-        config = make_config(run, *AHEAD)
-        (run / "config.yaml").write_text(dump_config(config))
+        config = make_config(tmp_path / f"cut_{done}", *AHEAD)
+        cut(whole, config, done)
         assert fingerprint(train(config)) == fingerprint(whole)
 
 

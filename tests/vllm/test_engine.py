@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import pytest
 import torch
 
 from tests.trainer.distributed.folder_backend import FolderBackend
 from tests.vllm.models import Store, demo_student, disturb, rollout_config, scorer
+from xopd.config import load_config
 from xopd.models import SpeechLM
 from xopd.prompts import PromptStore
 from xopd.ranks import World
@@ -169,15 +170,9 @@ def test_fingerprints_of_shards_add_up() -> None:
         check_fingerprint(expected, [{}])
 
 
-@pytest.mark.parametrize("temperature", [0.001, 2.5])
-def test_a_temperature_that_vllm_does_not_take(student: SpeechLM, temperature: float) -> None:
+@pytest.mark.parametrize("engine", ["vllm", "server"])
+@pytest.mark.parametrize("temperature", ["0.001", "2.5"])
+def test_a_temperature_that_vllm_does_not_take(engine: str, temperature: str) -> None:
+    base = ("model.student=s", "model.teacher=t", "data.path=d")
     with pytest.raises(ConfigError, match=r"rollout\.temperature"):
-        VllmEngine(
-            student,
-            cast(PromptStore, Store(student)),
-            rollout_config(temperature),
-            World(),
-            options=VllmConfig(),
-            backend=cast(Any, object()),
-            score=scorer(student, temperature),
-        )
+        load_config(None, [*base, f"rollout.engine={engine}", f"rollout.temperature={temperature}"])

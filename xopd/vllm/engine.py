@@ -25,7 +25,7 @@ from xopd.sections import Dtype, RolloutConfig
 from xopd.sharding import gathered
 from xopd.types import Modality, Prompt, Rollout
 from xopd.vllm.answers import Generated, Wanted
-from xopd.vllm.options import VllmConfig, VllmError, check_temperature
+from xopd.vllm.options import VllmConfig, VllmError
 from xopd.vllm.sync import Fingerprint, LanguageModel
 
 T = TypeVar("T")
@@ -286,7 +286,6 @@ class _Task(Generic[T]):
 
 def sampling_of(student: SpeechLM, config: RolloutConfig) -> Sampling:
     """The policy that is trained, as an engine must sample it."""
-    check_temperature(config.temperature)
     return Sampling(
         temperature=config.temperature,
         max_tokens=config.max_new_tokens,

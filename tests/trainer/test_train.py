@@ -172,12 +172,11 @@ def test_kill_and_the_same_command_again(
     context = multiprocessing.get_context("forkserver")
     # Imports once for all children; each child is a process of its own all the same.
     context.set_forkserver_preload(["xopd.train", "xopd.models.demo", "xopd.report"])
-    metrics = run / "metrics.jsonl"
     killed = 0
     for steps in (0, rng.choice([1, 2, 3])):
         child = context.Process(target=main, args=(["train", str(file)],))
         child.start()
-        wait_for(child, lambda steps=steps: lines_of(metrics) >= steps)
+        wait_for_steps(run, steps, child.is_alive)
         time.sleep(rng.uniform(0.0, 0.3))
         child.kill()
         child.join()
@@ -188,13 +187,15 @@ def test_kill_and_the_same_command_again(
     assert (run / "report.html").exists()
 
 
-def lines_of(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def wait_for_steps(run: Path, steps: int, is_running: Callable[[], bool]) -> None:
+    """Until the run has logged so many steps, or its process has ended."""
 
+    def logged() -> int:
+        path = run / "metrics.jsonl"
+        return path.read_bytes().count(b"\n") if path.exists() else 0
 
-def wait_for(child: multiprocessing.process.BaseProcess, is_reached: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 300
-    while child.is_alive() and not is_reached():
+    deadline_s = time.monotonic() + 300  # a child on a busy machine takes a minute to import torch
+    while is_running() and logged() < steps:
         assert time.monotonic() < deadline_s
         time.sleep(0.01)
 
@@ -385,10 +386,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(
     child = subprocess.Popen(
         [sys.executable, "-m", "xopd", "train", str(file)], stderr=subprocess.PIPE, text=True
     )
-    deadline_s = time.monotonic() + 300
-    while lines_of(run / "metrics.jsonl") < 1:
-        assert child.poll() is None and time.monotonic() < deadline_s
-        time.sleep(0.01)
+    wait_for_steps(run, 1, lambda: child.poll() is None)
     child.send_signal(signal.SIGTERM)
     _, said = child.communicate(timeout=30)
     assert child.returncode == 143

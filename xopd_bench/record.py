@@ -23,7 +23,7 @@ from xopd_bench.cell import Cell
 from xopd_bench.clock import Ceiling
 from xopd_bench.errors import BenchError
 from xopd_bench.measure import Limits, Outcome
-from xopd_kernels.native import runnable_objects
+from xopd_kernels.native_library import runnable_objects
 
 Line = dict[str, Any]  # a line of the file, parsed
 CELL_FIELDS = (

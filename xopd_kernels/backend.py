@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from xopd_kernels import native, target
+from xopd_kernels import native_library, target
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def unavailable_reason(backend: Backend, device: torch.device, dtype: torch.dtyp
     if backend is Backend.NATIVE:
         if device.type != "cpu":
             return f"the tensors are on {device}; the native library runs on CPUs"
-        return native.unavailable_reason()
+        return native_library.unavailable_reason()
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed; install triton>=3.6"
     if device.type == "cuda":

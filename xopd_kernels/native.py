@@ -1,27 +1,16 @@
-"""The compiled CPU kernels: element-wise passes over blocks of logits, which Python's GEMMs fill.
-
-One shared object for each instruction set (csrc/, built by setup.py), loaded on first use; the one
-that fits is chosen by what torch says the CPU can do. The threads are torch's own: each call hands
-over the address of `torch_parallel_for` of torch's stable C interface.
+"""The compiled CPU kernels: element-wise passes over blocks of logits, which GEMMs fill.
 
 Arguments are checked here, because C++ cannot: dtype, shape, strides. Every row's result depends on
 that row alone, to the bit: not on the threads, on other rows, or on how many there are.
 """
 
 import ctypes
-import functools
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1  # of csrc/common/abi.h
-_ROW_OUT_OF_RANGE = -1
-
-# The objects that a CPU can run, best first, by torch.backends.cpu.get_cpu_capability().
-_INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
+from xopd_kernels.native_library import address, block, call, pointers, sizes
 
 
 class Logits(NamedTuple):
@@ -63,19 +52,11 @@ class Side(NamedTuple):
     log_total: Tensor  # [rows] fp32
 
 
-def _pointers(*names: str) -> list[tuple[str, type[ctypes.c_void_p]]]:
-    return [(name, ctypes.c_void_p) for name in names]
-
-
-def _sizes(*names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
-    return [(name, ctypes.c_int64) for name in names]
-
-
 # The structs of csrc/common/logits.h, csrc/softmax/softmax.h and csrc/divergence/divergence.h.
 class _Logits(ctypes.Structure):
     _fields_ = (
-        *_pointers("x", "bias"),
-        *_sizes("row_stride"),
+        *pointers("x", "bias"),
+        *sizes("row_stride"),
         ("scale", ctypes.c_float),
         ("cap", ctypes.c_float),
     )
@@ -84,35 +65,35 @@ class _Logits(ctypes.Structure):
 class _Statistics(ctypes.Structure):
     _fields_ = (
         ("logits", _Logits),
-        *_sizes("rows", "classes", "first_class"),
-        *_pointers("ids"),
-        *_sizes("id_count", "excludes_ids"),
-        *_pointers("maximum", "total", "moment", "at_ids"),
+        *sizes("rows", "classes", "first_class"),
+        *pointers("ids"),
+        *sizes("id_count", "excludes_ids"),
+        *pointers("maximum", "total", "moment", "at_ids"),
     )
 
 
 class _Gradient(ctypes.Structure):
     _fields_ = (
         ("logits", _Logits),
-        *_sizes("logit_rows", "rows", "classes", "first_class"),
-        *_pointers("row_of", "maximum", "alpha", "gamma", "ids"),
-        *_sizes("id_count"),
-        *_pointers("at_ids", "out"),
-        *_sizes("out_row_stride"),
+        *sizes("logit_rows", "rows", "classes", "first_class"),
+        *pointers("row_of", "maximum", "alpha", "gamma", "ids"),
+        *sizes("id_count"),
+        *pointers("at_ids", "out"),
+        *sizes("out_row_stride"),
     )
 
 
 class _Side(ctypes.Structure):
-    _fields_ = (("logits", _Logits), *_pointers("maximum", "log_total"))
+    _fields_ = (("logits", _Logits), *pointers("maximum", "log_total"))
 
 
 class _Divergence(ctypes.Structure):
     _fields_ = (
         ("student", _Side),
         ("teacher", _Side),
-        *_sizes("rows", "classes"),
+        *sizes("rows", "classes"),
         ("beta", ctypes.c_double),
-        *_pointers("value", "slope_sum"),
+        *pointers("value", "slope_sum"),
     )
 
 
@@ -120,93 +101,11 @@ class _DivergenceGradient(ctypes.Structure):
     _fields_ = (
         ("student", _Side),
         ("teacher", _Side),
-        *_sizes("rows", "classes"),
+        *sizes("rows", "classes"),
         ("beta", ctypes.c_double),
-        *_pointers("slope_sum", "weight", "out"),
-        *_sizes("out_row_stride"),
+        *pointers("slope_sum", "weight", "out"),
+        *sizes("out_row_stride"),
     )
-
-
-class _Library(NamedTuple):
-    """A loaded shared object, and the parallel loop that every call hands to it."""
-
-    kernels: ctypes.CDLL
-    parallel_for: ctypes.c_void_p
-
-    @classmethod
-    def open(cls, path: Path) -> "_Library":
-        """Raises OSError, in words, if this process cannot use the file."""
-        kernels = ctypes.CDLL(str(path))
-        torch_cpu = ctypes.CDLL("libtorch_cpu.so")  # the one that is loaded
-        try:
-            version = kernels.xopd_abi_version()
-            if version != ABI_VERSION:
-                raise OSError(f"{path} has interface {version}, this package needs {ABI_VERSION}")
-            parallel_for = ctypes.cast(torch_cpu.torch_parallel_for, ctypes.c_void_p)
-        except AttributeError as error:
-            raise OSError(f"a function is missing: {error}") from None
-        return cls(kernels, parallel_for)
-
-
-_given: _Library | None = None  # by load()
-
-
-def load(path: Path | None) -> None:
-    """Use the shared object at `path` from now on; None: again the installed one that fits.
-
-    For a build with sanitizers, say. Raises OSError if the object cannot be used.
-    """
-    global _given
-    _given = None if path is None else _Library.open(path)
-
-
-def runnable_objects() -> list[Path]:
-    """The installed shared objects that this CPU can run, best first."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    names = _INSTRUCTION_SETS.get(capability, ("portable",))
-    paths = [Path(__file__).parent / f"_native_{name}.so" for name in names]
-    return [path for path in paths if path.is_file()]
-
-
-def unavailable_reason() -> str | None:
-    """Why the library cannot run here, and the remedy; None if it can."""
-    library = _library()
-    return library if isinstance(library, str) else None
-
-
-def _library() -> _Library | str:
-    return _installed() if _given is None else _given
-
-
-@functools.cache
-def _installed() -> _Library | str:
-    """The installed library that fits this CPU, or why there is none."""
-    if sys.platform != "linux":
-        return f"the native library is built for Linux, this is {sys.platform}"
-    rebuild = (
-        "install a C++17 compiler (g++, or another one in CXX) and this package again, as before"
-    )
-    objects = runnable_objects()
-    if not objects:
-        folder = Path(__file__).parent
-        return f"the native library was not built (no _native_*.so in {folder}); {rebuild}"
-    try:
-        return _Library.open(objects[0])
-    except OSError as error:
-        return f"the native library does not load ({error}); {rebuild}"
-
-
-def _call(name: str, arguments: ctypes.Structure) -> None:
-    """Run an entry point; raises for what it reports."""
-    library = _library()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    run = getattr(library.kernels, name)
-    status = run(ctypes.byref(arguments), library.parallel_for)
-    if status == _ROW_OUT_OF_RANGE:
-        raise ValueError("rows must be row numbers of logits.x, got one out of range")
-    if status != 0:
-        raise RuntimeError(f"torch's parallel loop failed in {name} (status {status})")
 
 
 def add_statistics(
@@ -230,15 +129,15 @@ def add_statistics(
         rows,
         classes,
         first_class,
-        _address("ids", ids, torch.int64, (rows, id_count)),
+        address("ids", ids, torch.int64, (rows, id_count)),
         id_count,
         excludes_ids,
-        _address("running.maximum", running.maximum, torch.float32, (rows,)),
-        _address("running.total", running.total, torch.float64, (rows,)),
-        None if moment is None else _address("running.moment", moment, torch.float64, (rows,)),
-        _address("running.at_ids", running.at_ids, torch.float32, (rows, id_count)),
+        address("running.maximum", running.maximum, torch.float32, (rows,)),
+        address("running.total", running.total, torch.float64, (rows,)),
+        None if moment is None else address("running.moment", moment, torch.float64, (rows,)),
+        address("running.at_ids", running.at_ids, torch.float32, (rows, id_count)),
     )
-    _call("xopd_add_statistics", arguments)
+    call("xopd_add_statistics", arguments)
 
 
 def write_gradient(
@@ -263,17 +162,17 @@ def write_gradient(
         count,
         classes,
         first_class,
-        None if rows is None else _address("rows", rows, torch.int64, (count,)),
-        _address("terms.maximum", terms.maximum, torch.float32, (count,)),
-        _address("terms.alpha", terms.alpha, torch.float32, (count,)),
-        None if gamma is None else _address("terms.gamma", gamma, torch.float32, (count,)),
-        _address("terms.ids", terms.ids, torch.int64, (count, id_count)),
+        None if rows is None else address("rows", rows, torch.int64, (count,)),
+        address("terms.maximum", terms.maximum, torch.float32, (count,)),
+        address("terms.alpha", terms.alpha, torch.float32, (count,)),
+        None if gamma is None else address("terms.gamma", gamma, torch.float32, (count,)),
+        address("terms.ids", terms.ids, torch.int64, (count, id_count)),
         id_count,
-        _address("terms.at_ids", terms.at_ids, torch.float32, (count, id_count)),
+        address("terms.at_ids", terms.at_ids, torch.float32, (count, id_count)),
         _out_block(out, (count, classes), logits.x),
         out.stride(0),
     )
-    _call("xopd_write_gradient", arguments)
+    call("xopd_write_gradient", arguments)
 
 
 def add_divergence(
@@ -290,10 +189,10 @@ def add_divergence(
         _side("teacher", teacher, student.logits.x.shape),
         *student.logits.x.shape,
         _beta(beta),
-        _address("value", value, torch.float64, student.maximum.shape),
-        _address("slope_sum", slope_sum, torch.float64, student.maximum.shape),
+        address("value", value, torch.float64, student.maximum.shape),
+        address("slope_sum", slope_sum, torch.float64, student.maximum.shape),
     )
-    _call("xopd_add_divergence", arguments)
+    call("xopd_add_divergence", arguments)
 
 
 def write_divergence_gradient(
@@ -311,40 +210,17 @@ def write_divergence_gradient(
         _side("teacher", teacher, shape),
         *shape,
         _beta(beta),
-        _address("slope_sum", slope_sum, torch.float32, shape[:1]),
-        _address("weight", weight, torch.float32, shape[:1]),
+        address("slope_sum", slope_sum, torch.float32, shape[:1]),
+        address("weight", weight, torch.float32, shape[:1]),
         _out_block(out, shape, student.logits.x, teacher.logits.x),
         out.stride(0),
     )
-    _call("xopd_write_divergence_gradient", arguments)
-
-
-def _address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    """Where the contiguous CPU tensor begins."""
-    if tensor.dtype != dtype or not tensor.is_cpu:
-        raise TypeError(f"{name} must be {dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
-    if tensor.shape != shape:
-        raise ValueError(f"{name} must be {list(shape)}, got {list(tensor.shape)}")
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
-    return tensor.data_ptr()
-
-
-def _block(name: str, block: Tensor) -> int:
-    """Where the [rows, classes] CPU block begins, whose rows may lie apart."""
-    if block.dtype != torch.float32 or not block.is_cpu:
-        raise TypeError(f"{name} must be fp32 on the CPU, got {block.dtype} on {block.device}")
-    if block.ndim != 2 or (block.stride(1) != 1 and block.shape[1] > 1):
-        raise ValueError(
-            f"{name} must be [rows, classes] with unit inner stride, got {list(block.shape)} with "
-            f"strides {block.stride()}"
-        )
-    return block.data_ptr()
+    call("xopd_write_divergence_gradient", arguments)
 
 
 def _out_block(out: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> int:
     """Where `out` begins, a block that is written to."""
-    begin = _block("out", out)
+    begin = block("out", out)
     if out.shape != shape:
         raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
     if shape[0] > 1 and out.stride(0) < shape[1]:
@@ -369,8 +245,8 @@ def _logits(name: str, logits: Logits, first_class: int = 0) -> _Logits:
     if cap is not None and not ctypes.c_float(cap).value > 0:  # C++ takes 0 for none
         raise ValueError(f"{name}.cap must be > 0 in fp32 or None, got {cap}")
     return _Logits(
-        _block(f"{name}.x", x),
-        None if bias is None else _address(f"{name}.bias", bias, torch.float32, (x.shape[1],)),
+        block(f"{name}.x", x),
+        None if bias is None else address(f"{name}.bias", bias, torch.float32, (x.shape[1],)),
         x.stride(0),
         logits.scale,
         0.0 if cap is None else cap,
@@ -383,8 +259,8 @@ def _side(name: str, side: Side, shape: tuple[int, ...]) -> _Side:
         raise ValueError(f"{name}.logits.x must be {list(shape)}, got {list(side.logits.x.shape)}")
     return _Side(
         head,
-        _address(f"{name}.maximum", side.maximum, torch.float32, shape[:1]),
-        _address(f"{name}.log_total", side.log_total, torch.float32, shape[:1]),
+        address(f"{name}.maximum", side.maximum, torch.float32, shape[:1]),
+        address(f"{name}.log_total", side.log_total, torch.float32, shape[:1]),
     )
 
 

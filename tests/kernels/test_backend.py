@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from xopd_kernels import Backend, BackendUnavailableError, backend, native
+from xopd_kernels import Backend, BackendUnavailableError, backend, native_library
 from xopd_kernels.backend import resolve, unavailable_reason
 
 CPU = torch.device("cpu")
@@ -23,7 +23,7 @@ def test_auto_on_the_cpu_is_native():
 
 
 def test_auto_without_the_library_is_the_reference_and_says_so(monkeypatch, caplog):
-    monkeypatch.setattr(native, "unavailable_reason", lambda: "no C++ compiler was found")
+    monkeypatch.setattr(native_library, "unavailable_reason", lambda: "no C++ compiler was found")
     choose = backend._resolve_auto.__wrapped__  # without the cache
     assert choose(CPU, torch.float32) is Backend.REFERENCE
     assert "REFERENCE for torch.float32 on cpu (no C++ compiler was found)" in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from xopd_kernels import native
+from xopd_kernels import native_library
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "library" in metafunc.fixturenames:
         given = metafunc.config.getoption("--native-library", default=None)
-        paths = native.runnable_objects() if given is None else [given]
+        paths = native_library.runnable_objects() if given is None else [given]
         ids = [path.stem for path in paths]
         metafunc.parametrize("library", paths, ids=ids, indirect=True, scope="module")
 
@@ -30,6 +30,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.fixture(scope="module")
 def library(request: pytest.FixtureRequest) -> Iterator[Path]:
     """The shared object that the calls of this module's tests run."""
-    native.load(request.param)
+    native_library.load(request.param)
     yield request.param
-    native.load(None)
+    native_library.load(None)

@@ -11,24 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from xopd_kernels import native
+from xopd_kernels import native, native_library
 from xopd_kernels.native import GradientTerms, Logits, Running, Side
 
 pytestmark = pytest.mark.skipif(
-    not native.runnable_objects(), reason="the native library is not built"
+    not native_library.runnable_objects(), reason="the native library is not built"
 )
 
 
 @pytest.fixture
 def uncached() -> Iterator[None]:
     """The installed library is looked for again, in the test and after it."""
-    native._installed.cache_clear()
+    native_library._installed.cache_clear()
     yield
-    native._installed.cache_clear()
+    native_library._installed.cache_clear()
 
 
 def test_it_is_available() -> None:
-    assert native.unavailable_reason() is None
+    assert native_library.unavailable_reason() is None
 
 
 @pytest.mark.parametrize(
@@ -43,20 +43,20 @@ def test_it_is_available() -> None:
 def test_the_cpu_chooses_the_object(
     capability: str, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native_library.py"))
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert native.runnable_objects() == []
+    assert native_library.runnable_objects() == []
     for name in ("avx512", "avx2", "portable"):
         (tmp_path / f"_native_{name}.so").touch()
-    assert native.runnable_objects() == [tmp_path / f"_native_{name}.so" for name in names]
+    assert native_library.runnable_objects() == [tmp_path / f"_native_{name}.so" for name in names]
 
 
 @pytest.mark.usefixtures("uncached")
 def test_a_missing_object_is_named_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
-    reason = native.unavailable_reason()
+    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native_library.py"))
+    reason = native_library.unavailable_reason()
     assert reason is not None
     assert str(tmp_path) in reason
     assert "C++17 compiler" in reason
@@ -66,10 +66,10 @@ def test_a_missing_object_is_named_with_the_remedy(
 
 @pytest.mark.usefixtures("uncached")
 def test_a_broken_object_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "native_library.py"))
     (tmp_path / "_native_portable.so").write_bytes(b"not a library")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    reason = native.unavailable_reason()
+    reason = native_library.unavailable_reason()
     assert reason is not None
     assert "does not load" in reason
 
@@ -78,20 +78,20 @@ def test_a_broken_object_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_another_platform_is_named(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    reason = native.unavailable_reason()
+    reason = native_library.unavailable_reason()
     assert reason is not None
     assert platform in reason
 
 
 def test_an_object_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    monkeypatch.setattr(native_library, "ABI_VERSION", native_library.ABI_VERSION + 1)
     with pytest.raises(OSError, match="interface"):
-        native.load(native.runnable_objects()[0])
+        native_library.load(native_library.runnable_objects()[0])
 
 
 def test_a_library_without_the_functions_is_refused() -> None:
     with pytest.raises(OSError, match="function is missing"):
-        native.load(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
+        native_library.load(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
 
 
 ROWS, CLASSES, K = 3, 5, 2

@@ -22,7 +22,7 @@ from tests.native.formulas import (
     seeded,
     slope_of,
 )
-from xopd_kernels import native
+from xopd_kernels import native_library
 from xopd_kernels.native import GradientTerms, Logits, Running, add_statistics, write_gradient
 
 pytestmark = pytest.mark.usefixtures("library")
@@ -336,6 +336,6 @@ def test_a_row_depends_on_itself_alone_and_never_on_threads(kind: str) -> None:
 
 
 def test_the_library_is_the_one_that_was_named(library: Path) -> None:
-    loaded = native._library()
+    loaded = native_library._library()
     assert not isinstance(loaded, str)
     assert loaded.kernels._name == str(library)

@@ -6,7 +6,7 @@ tile into its gradient and multiplies it with the weight and the hidden states. 
 logits lie in the memory of d_weight, whose rows are not written yet: a tile of d_weight replaces
 the tile of logits that it is made from. So a chunk has up to D rows at no cost, and the GEMMs are
 large. Where there is no such memory (a frozen weight, main_grad, later chunks in fp32) they lie in
-the workspace. Everything is fp32; bf16 and fp16 weights are upcast tile by tile.
+the workspace. Logits and sums are fp32; `chunk.native_gemm` knows the factors of the GEMMs.
 """
 
 import math
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.native_gemm import Bf16Gemms, Fp32Gemms, as_factor, has_bf16_gemms
 from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
 from xopd_kernels.records import GradientSink, Head, HeadGradient
 from xopd_kernels.validation import check_target_range
@@ -30,26 +31,23 @@ class Model(NamedTuple):
 
     head: Head
     step: int  # classes of a tile
-    buffer: Tensor | None  # [step, D] fp32; None if the weight is fp32 itself
+    gemms: Fp32Gemms | Bf16Gemms
 
     @classmethod
     def of(cls, head: Head, step: int, spare: Tensor | None = None) -> "Model":
         """Take the buffer that weights are upcast into from `spare`, flat; None: allocate it."""
         weight = head.weight
+        if has_bf16_gemms(weight):
+            return cls(head, step, Bf16Gemms.of(weight, step))
         if weight.dtype == torch.float32:
-            return cls(head, step, None)
-        return cls(head, step, _tile(step, weight, spare))
+            return cls(head, step, Fp32Gemms(weight, None))
+        return cls(head, step, Fp32Gemms(weight, _tile(step, weight, spare)))
 
     def tiles(self) -> Iterator[slice]:
         """The classes, tile by tile."""
         classes = len(self.head.weight)
         for begin in range(0, classes, self.step):
             yield slice(begin, min(begin + self.step, classes))
-
-    def weight(self, tile: slice) -> Tensor:
-        """The weight [T, D] of a tile in fp32, valid until the next one is asked for."""
-        weight = self.head.weight[tile]
-        return weight if self.buffer is None else self.buffer[: len(weight)].copy_(weight)
 
     def logits(self, x: Tensor, tile: slice) -> native.Logits:
         """The logits of the linear outputs `x` [rows, T]."""
@@ -85,14 +83,14 @@ class Chunk(NamedTuple):
     """Some live rows of a model, and where their logits lie."""
 
     part: slice  # of the live rows
-    hidden: Tensor  # [rows, D] fp32
+    hidden: Tensor  # [rows, D], a factor of the model's GEMMs
     store: Store
     place: int = 0  # 1: those of the teacher, beside the student's
 
     def fill(self, model: Model, tile: slice) -> native.Logits:
         """The logits of a tile, computed."""
         x = self.store.block(tile, len(self.hidden), self.place)
-        return model.logits(torch.mm(self.hidden, model.weight(tile).t(), out=x), tile)
+        return model.logits(model.gemms.logits(self.hidden, tile, x), tile)
 
     def kept(self, model: Model, tile: slice) -> native.Logits:
         """The logits of a tile that was filled before."""
@@ -109,7 +107,7 @@ class GradientSum(NamedTuple):
     weight: Tensor | None  # [V, D] as it is handed out, or main_grad
     total: Tensor | None  # [V, D] fp32 sum of the chunks; None: one chunk, rounded tile by tile
     bias: Tensor | None  # [V] fp32
-    d_tile: Tensor  # [step, D] fp32: a tile of d_weight before it is rounded; [0, D] with `total`
+    d_tile: Tensor  # [step, D] fp32: a tile of d_weight before it is rounded; else [0, D]
     sink: GradientSink
 
     @classmethod
@@ -137,7 +135,7 @@ class GradientSum(NamedTuple):
                 total = out
             elif not is_one_chunk:
                 total = weight.new_empty(weight.shape, dtype=fp32)
-        tile_rows = model.step if total is None and out is not None else 0
+        is_rounded = total is None and out is not None and isinstance(model.gemms, Fp32Gemms)
         return cls(
             call,
             model,
@@ -146,7 +144,7 @@ class GradientSum(NamedTuple):
             out,
             total,
             weight.new_zeros(len(weight), dtype=fp32) if wanted.bias else None,
-            _tile(tile_rows, weight, spare),
+            _tile(model.step if is_rounded else 0, weight, spare),
             sink,
         )
 
@@ -170,22 +168,25 @@ class GradientSum(NamedTuple):
         `alive` [rows] int64: the rows that `write` fills; None: all of the chunk.
         """
         hidden = chunk.hidden if alive is None else chunk.hidden[alive]
+        fp32 = hidden.new_empty(0, dtype=torch.float32)
         d_hidden, is_direct = None, False
         if self.hidden is not None:
             # The rows of d_hidden themselves, zeros as yet, where all of them are fp32 and alive.
             is_direct = alive is None and self.live.kept is None
             is_direct &= self.hidden.dtype == torch.float32
-            d_hidden = self.hidden[chunk.part] if is_direct else torch.zeros_like(hidden)
+            d_hidden = self.hidden[chunk.part] if is_direct else fp32.new_zeros(hidden.shape)
         is_first, is_last = chunk.part.start == 0, chunk.part.stop == self.live.live
-        buffer = hidden.new_empty(len(hidden) * self.model.step)
+        rounded = None if self.total is None or self.total is self.weight else self.weight
+        gemms = self.model.gemms.gradient(hidden, self.d_tile)
+        buffer = fp32.new_empty(len(hidden) * self.model.step)
         for tile in self.model.tiles():
             count = tile.stop - tile.start
             d_logit = buffer[: len(hidden) * count].view(len(hidden), count)
             write(tile, d_logit)
-            if d_hidden is not None:
-                d_hidden.addmm_(d_logit, self.model.weight(tile))
-            if self.weight is not None:
-                self._add_weight(self.weight, tile, (d_logit.t(), hidden), is_first, is_last)
+            to, is_added = self._weight_of(tile, is_first)
+            gemms.add(tile, d_logit, d_hidden, to, is_added)
+            if is_last and to is not None and rounded is not None:
+                rounded[tile] = to
             if self.bias is not None:
                 self.bias[tile] += d_logit.sum(0)
         if self.hidden is not None and d_hidden is not None:
@@ -193,23 +194,11 @@ class GradientSum(NamedTuple):
             if not is_direct:
                 self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
 
-    def _add_weight(
-        self,
-        weight: Tensor,
-        tile: slice,
-        factors: tuple[Tensor, Tensor],  # d_logit.T [T, rows], hidden [rows, D]
-        is_first: bool,
-        is_last: bool,
-    ) -> None:
+    def _weight_of(self, tile: slice, is_first: bool) -> tuple[Tensor | None, bool]:
+        """Where a tile of d_weight goes, and whether it is added to what is there."""
         if self.total is None:
-            weight[tile] = torch.mm(*factors, out=self.d_tile[: tile.stop - tile.start])
-            return
-        if is_first and self.sink.main_grad is None:
-            torch.mm(*factors, out=self.total[tile])
-        else:
-            self.total[tile].addmm_(*factors)
-        if is_last and self.total is not weight:
-            weight[tile] = self.total[tile]
+            return None if self.weight is None else self.weight[tile], False
+        return self.total[tile], not is_first or self.sink.main_grad is not None
 
     def result(self) -> HeadGradient:
         """The gradients, [0] where not wanted or in main_grad."""
@@ -251,7 +240,7 @@ def chunks(
             place = workspace, call.step
         store, step = place
         part = slice(begin, min(live.live, begin + step))
-        yield Chunk(part, live.chunk(hidden, part).float().contiguous(), store)
+        yield Chunk(part, as_factor(live.chunk(hidden, part), call.head.weight), store)
         begin = part.stop
 
 
@@ -317,10 +306,10 @@ def sweep(
     hidden, rows = chunk.hidden, len(chunk.hidden)
     total = hidden.new_zeros(rows, dtype=torch.float64)
     running = native.Running(
-        hidden.new_full((rows,), -torch.inf),
+        total.new_full((rows,), -torch.inf, dtype=torch.float32),
         total,
         torch.zeros_like(total) if needs_moment else None,
-        hidden.new_zeros(ids.shape),
+        total.new_zeros(ids.shape, dtype=torch.float32),
     )
     for tile in model.tiles():
         logits = chunk.fill(model, tile)

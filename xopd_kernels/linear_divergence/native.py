@@ -8,6 +8,7 @@ from torch import Tensor
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks, sweep
+from xopd_kernels.chunk.native_gemm import as_factor
 from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher
 
@@ -31,10 +32,10 @@ def forward(
     gradient = GradientSum.of(call, model, hidden, live, sink, spare)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
-        of_teacher = live.chunk(teacher.hidden, chunk.part).float().contiguous()
+        of_teacher = as_factor(live.chunk(teacher.hidden, chunk.part), teacher.head.weight)
         student = _Filled.of(model, chunk)
         reference = _Filled.of(other, Chunk(chunk.part, of_teacher, chunk.store, place=1))
-        value, slope_sum = of_teacher.new_zeros(2, len(of_teacher), dtype=torch.float64)
+        value, slope_sum = hidden.new_zeros(2, len(of_teacher), dtype=torch.float64)
         for tile in model.tiles():
             sides = student.side(tile), reference.side(tile)
             native.add_divergence(*sides, beta, value, slope_sum)

@@ -1,0 +1,143 @@
+"""The GEMMs of Backend.NATIVE, by dtype: the logits of a tile, and its part of both gradients.
+
+bf16 on a processor with bf16 dot products: bf16 factors, fp32 sums and results
+(`xopd_kernels.native_matmul`); the gradient by the logits is rounded to bf16 to be a factor.
+Everything else: torch's fp32 GEMMs of upcast tiles. One class for each, with the same methods.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels import native_matmul
+from xopd_kernels.native_matmul import Packed, pack, packed_size, product, round_both
+
+
+def has_bf16_gemms(weight: Tensor) -> bool:
+    """Whether `weight` [V, D] is multiplied in bf16; an odd D has no whole pairs."""
+    is_bf16 = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+    return is_bf16 and native_matmul.is_available()
+
+
+def as_factor(hidden: Tensor, weight: Tensor) -> Tensor:
+    """`hidden` [rows, D] as the GEMMs with `weight` read it: bf16 or fp32, contiguous."""
+    dtype = torch.bfloat16 if has_bf16_gemms(weight) else torch.float32
+    return hidden.to(dtype).contiguous()
+
+
+class Fp32Gemms(NamedTuple):
+    """torch's GEMMs in fp32 with the tiles of a weight."""
+
+    weight: Tensor  # [V, D]
+    buffer: Tensor | None  # [step, D] fp32; None if the weight is fp32 itself
+
+    def upcast(self, tile: slice) -> Tensor:
+        """The weight [T, D] of a tile in fp32, valid until the next one is asked for."""
+        weight = self.weight[tile]
+        return weight if self.buffer is None else self.buffer[: len(weight)].copy_(weight)
+
+    def logits(self, hidden: Tensor, tile: slice, out: Tensor) -> Tensor:
+        """``out = hidden @ weight[tile].T``, [rows, T] fp32."""
+        return torch.mm(hidden, self.upcast(tile).t(), out=out)
+
+    def gradient(self, hidden: Tensor, d_tile: Tensor) -> "Fp32Gradient":
+        """The gradients of `hidden` [rows, D] and of the weight.
+
+        `d_tile` [step, D] fp32: memory for a tile of d_weight that is rounded.
+        """
+        return Fp32Gradient(self, hidden, d_tile)
+
+
+class Fp32Gradient(NamedTuple):
+    """Both GEMMs of the gradients of a chunk, tile by tile."""
+
+    gemms: Fp32Gemms
+    hidden: Tensor  # [rows, D] fp32
+    d_tile: Tensor
+
+    def add(
+        self,
+        tile: slice,
+        d_logit: Tensor,  # [rows, T] fp32
+        d_hidden: Tensor | None,  # [rows, D] fp32
+        d_weight: Tensor | None,  # [T, D]; fp32 if it is added to
+        is_added: bool,
+    ) -> None:
+        """``d_hidden += d_logit @ weight[tile]``, ``d_weight = (or +=) d_logit.T @ hidden``."""
+        if d_hidden is not None:
+            d_hidden.addmm_(d_logit, self.gemms.upcast(tile))
+        if d_weight is None:
+            return
+        if is_added:
+            d_weight.addmm_(d_logit.t(), self.hidden)
+        elif d_weight.dtype == torch.float32:
+            torch.mm(d_logit.t(), self.hidden, out=d_weight)
+        else:
+            d_weight.copy_(torch.mm(d_logit.t(), self.hidden, out=self.d_tile[: len(d_weight)]))
+
+
+class Bf16Gemms(NamedTuple):
+    """bf16 GEMMs with fp32 results with the tiles of a weight."""
+
+    weight: Tensor  # [V, D] bf16
+    step: int  # most classes of a tile
+    words: Tensor  # int32, flat: a packed tile
+
+    @classmethod
+    def of(cls, weight: Tensor, step: int) -> "Bf16Gemms":
+        """Allocate for tiles of at most `step` classes."""
+        dim = weight.shape[1]
+        size = max(packed_size(dim, step), packed_size(step, dim))
+        return cls(weight, step, weight.new_empty(size, dtype=torch.int32))
+
+    def packed(self, tile: slice, is_transposed: bool) -> Packed:
+        """The weight [T, D] of a tile as a right factor, valid until the next one is packed."""
+        weight = self.weight[tile]
+        if weight.stride(1) != 1:
+            weight = weight.contiguous()
+        return pack(weight, self.words, is_transposed)
+
+    def logits(self, hidden: Tensor, tile: slice, out: Tensor) -> Tensor:
+        """``out = hidden @ weight[tile].T``, [rows, T] fp32."""
+        return product(hidden, self.packed(tile, is_transposed=True), out)
+
+    def gradient(self, hidden: Tensor, d_tile: Tensor) -> "Bf16Gradient":
+        """The gradients of `hidden` [rows, D] and of the weight; `d_tile` is not used."""
+        del d_tile  # a product is rounded as it is written
+        rows, step = len(hidden), self.step
+        return Bf16Gradient(
+            self,
+            pack(hidden),
+            hidden.new_empty(rows * (step + step % 2)),
+            hidden.new_empty(step * (rows + rows % 2)),
+        )
+
+
+class Bf16Gradient(NamedTuple):
+    """Both GEMMs of the gradients of a chunk, tile by tile, of d_logit rounded to bf16."""
+
+    gemms: Bf16Gemms
+    hidden: Packed  # [rows, D]
+    straight: Tensor  # bf16, flat: d_logit
+    transposed: Tensor  # bf16, flat: d_logit.T
+
+    def add(
+        self,
+        tile: slice,
+        d_logit: Tensor,  # [rows, T] fp32
+        d_hidden: Tensor | None,  # [rows, D] fp32
+        d_weight: Tensor | None,  # [T, D] bf16 or fp32; fp32 if it is added to
+        is_added: bool,
+    ) -> None:
+        """As `Fp32Gradient.add`."""
+        straight, transposed = round_both(
+            d_logit,
+            None if d_hidden is None else self.straight,
+            None if d_weight is None else self.transposed,
+        )
+        if d_hidden is not None and straight is not None:
+            weight = self.gemms.packed(tile, is_transposed=False)
+            product(straight, weight, d_hidden, is_added=True)
+        if d_weight is not None and transposed is not None:
+            product(transposed, self.hidden, d_weight, is_added)

@@ -1,0 +1,138 @@
+"""bf16 x bf16 -> fp32 matrix products of the compiled CPU kernels, where the processor has them.
+
+torch has no such product on a CPU: its bf16 one rounds the result, and its fp32 one, of upcast
+factors, is several times slower on processors with bf16 dot products (AVX-512 BF16).
+"""
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xopd_kernels.native_library import address, block, call, has, pointers, sizes
+
+BLOCK = 64  # columns that csrc/matmul keeps side by side
+
+
+class _Pack(ctypes.Structure):
+    _fields_ = (
+        *pointers("source"),
+        *sizes("rows", "columns", "row_stride", "is_transposed"),
+        *pointers("to"),
+    )
+
+
+class _Round(ctypes.Structure):
+    _fields_ = (
+        *pointers("source"),
+        *sizes("rows", "columns", "row_stride"),
+        *pointers("straight", "transposed"),
+    )
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *pointers("a"),
+        *sizes("a_stride"),
+        *pointers("b"),
+        *sizes("m", "n", "k"),
+        *pointers("out", "rounded"),
+        *sizes("out_stride", "is_added"),
+    )
+
+
+def is_available() -> bool:
+    """Whether the library is there and this processor has bf16 dot products."""
+    return has("xopd_has_matmul")
+
+
+class Packed(NamedTuple):
+    """The right factor [k, n] of a product, as it is read."""
+
+    words: Tensor  # [ceil(n / 64), ceil(k / 2), 64] int32: pairs of bf16 along k
+    k: int
+    n: int
+
+
+def packed_size(k: int, n: int) -> int:
+    """Words of a right factor [k, n]."""
+    return -(-n // BLOCK) * -(-k // 2) * BLOCK
+
+
+def pack(matrix: Tensor, words: Tensor | None = None, is_transposed: bool = False) -> Packed:
+    """`matrix` [k, n] bf16, or its transpose [n, k] (k even), as a right factor.
+
+    `words`: memory for it, int32 of at least `packed_size`; None: allocated. Raises
+    TypeError/ValueError for a tensor that does not fit, RuntimeError without the products.
+    """
+    rows, columns = matrix.shape
+    k, n = (columns, rows) if is_transposed else (rows, columns)
+    if is_transposed and k % 2:
+        raise ValueError(f"a transposed matrix must have an even k, got {list(matrix.shape)}")
+    size = packed_size(k, n)
+    words = torch.empty(size, dtype=torch.int32) if words is None else words[:size]
+    to = address("words", words, torch.int32, (size,))
+    source = block("matrix", matrix, torch.bfloat16)
+    call("xopd_run_pack", _Pack(source, rows, columns, matrix.stride(0), is_transposed, to))
+    return Packed(words, k, n)
+
+
+def round_both(
+    values: Tensor, straight: Tensor | None, transposed: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """`values` [rows, columns] fp32 rounded to bf16, as they stand and transposed: left factors.
+
+    `straight`, `transposed`: flat bf16 memory for them, None where one is not wanted. They come
+    back as [rows, columns] and [columns, rows], with a 0 after each row of an odd length. Raises
+    TypeError/ValueError for a tensor that does not fit, RuntimeError without the products.
+    """
+    rows, columns = values.shape
+    source = block("values", values, torch.float32)
+    results: list[Tensor | None] = []
+    for name, to, height, width in (
+        ("straight", straight, rows, columns),
+        ("transposed", transposed, columns, rows),
+    ):
+        even = width + width % 2
+        result = None if to is None else to[: height * even].view(height, even)
+        if result is not None:
+            address(name, result, torch.bfloat16, (height, even))
+        results.append(result)
+    addresses = (None if x is None else x.data_ptr() for x in results)
+    call("xopd_run_round", _Round(source, rows, columns, values.stride(0), *addresses))
+    first, second = results
+    return (
+        None if first is None else first[:, :columns],
+        None if second is None else second[:, :rows],
+    )
+
+
+def product(a: Tensor, b: Packed, out: Tensor, is_added: bool = False) -> Tensor:
+    """``out = a b`` or, with `is_added`, ``out + a b``: a [m, k] bf16, out [m, n] fp32 or bf16.
+
+    Products are exact and summed in fp32 in an order that depends on k alone; numbers below
+    1.2e-38 count as 0. A bf16 `out` is rounded to once, and cannot be added to. `a` must have an
+    even stride and, if k is odd, a 0 after each row. Raises TypeError/ValueError for a tensor that
+    does not fit, RuntimeError without the products.
+    """
+    m, k = a.shape
+    is_rounded = out.dtype == torch.bfloat16
+    if k != b.k or out.shape != (m, b.n):
+        raise ValueError(
+            f"a [m, k], b [k, n] and out [m, n] must fit, got {list(a.shape)}, {[b.k, b.n]} and "
+            f"{list(out.shape)}"
+        )
+    if is_added and is_rounded:
+        raise ValueError("out must be fp32 if it is added to, got bf16")
+    if m > 1 and k > 0 and (a.stride(0) % 2 or a.stride(0) < k):
+        raise ValueError(f"a must have rows of an even stride, got strides {a.stride()}")
+    left = block("a", a, torch.bfloat16)
+    to = block("out", out, torch.bfloat16 if is_rounded else torch.float32)
+    places = (None, to) if is_rounded else (to, None)
+    right = address("b.words", b.words, torch.int32, (packed_size(b.k, b.n),))
+    call(
+        "xopd_run_product",
+        _Product(left, a.stride(0), right, m, b.n, k, *places, out.stride(0), is_added),
+    )
+    return out

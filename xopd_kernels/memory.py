@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from xopd_kernels import native_matmul
 from xopd_kernels.backend import Backend
 from xopd_kernels.records import Wanted
 from xopd_kernels.validation import check_budget
@@ -151,6 +152,8 @@ class _Needs:
     least_rows: int
     default_bytes: int
     error: str  # how an error names the call
+    tile_step: int = 1  # the tile is a multiple of as many classes
+    fixed: int = 0  # whatever the chunk, beside it
 
     @classmethod
     def of(cls, work: Workload, backend: Backend) -> "_Needs":
@@ -186,22 +189,38 @@ class _Needs:
     @classmethod
     def _of_native(cls, work: Workload, error: str) -> "_Needs":
         models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
-        tile = work.tile_classes
+        tile, dim, size = work.tile_classes, work.dim, work.dtype.itemsize
         logits = 4 * work.vocab_size * models if is_stored else 0
         # A tile of logits or of their gradient; hidden states and their gradient; of the policy
         # loss also the hidden states with a gradient.
-        copies = 2 + (work.operator is Operator.POLICY_LOSS)
-        scratch = 4 * (tile + copies * work.dim + work.teacher_dim + 32) + 72 * work.top_k
-        scratch += work.dim * work.dtype.itemsize * (work.dtype != torch.float32)  # rounded
-        # In fp32: a tile of the weight; one of the teacher's or of d_weight before it is rounded.
-        row = 4 * (work.dim * (work.dtype != torch.float32) + work.shared_tile_dim)
-        return cls(logits, scratch, 0, 0, row, tile * row, 1, 1, DEFAULT_CPU_BYTES, error)
+        copies = 1 + (work.operator is Operator.POLICY_LOSS)
+        scratch = 4 * (tile + dim + 32) + 72 * work.top_k
+        scratch += dim * size * (work.dtype != torch.float32)  # d_hidden rounded
+        scratch += work.teacher_dim * _factor_bytes(work.teacher_or_own_dtype, work.teacher_dim)
+        scratch += copies * dim * _factor_bytes(work.dtype, dim)
+        whole, fixed = native_matmul.whole, 0
+        packs = native_matmul.multiplies(work.dtype, dim)
+        packs_teacher = native_matmul.multiplies(work.teacher_or_own_dtype, work.teacher_dim)
+        for width in (dim * packs, work.teacher_dim * packs_teacher):
+            scratch += 2 * width  # packed, in whole blocks of rows
+            fixed += 2 * width * (native_matmul.BLOCK - 1)
+        # Tiles of the weight, packed or upcast; one of the teacher's or of d_weight unrounded.
+        row = 4 * dim * (work.dtype != torch.float32 and not packs)
+        if packs and work.has_gradient:
+            scratch += 4 * (tile + 1) + 2 * whole(dim)  # d_logit twice, hidden states
+            fixed += 2 * whole(dim) + 2 * tile
+            row = 2 * whole(dim)
+        row += 4 * work.shared_tile_dim
+        limit = (tile + tile % 2) * row
+        step = 2 if row else 1
+        return cls(logits, scratch, 0, 0, row, limit, 1, 1, DEFAULT_CPU_BYTES, error, step, fixed)
 
     def tile(self, budget: int) -> int:
-        """Bytes of the weight tile: a quarter of the budget, whole classes, at least one."""
+        """Bytes of the weight tile: a quarter of the budget, whole classes, at least one step."""
         if self.tile_row == 0:
             return 0
-        return min(self.tile_limit, max(1, budget // 4 // self.tile_row) * self.tile_row)
+        step = self.tile_step * self.tile_row
+        return min(self.tile_limit, max(1, budget // 4 // step) * step)
 
     def block(self, budget: int) -> int:
         """Bytes of a copy of rows: at least one."""
@@ -217,13 +236,14 @@ class _Needs:
 
     def rows(self, budget: int) -> int:
         """Rows that fit beside the rest."""
-        rest = budget - max(self.blocks(budget), self.tile(budget))
+        rest = budget - max(self.blocks(budget), self.tile(budget)) - self.fixed
         return rest // (self.logits + self.scratch)
 
     def smallest(self, rows: int) -> int:
         """A budget that holds `rows` rows: blocks and tile take shares of it, or their minimum."""
-        rest = rows * (self.logits + self.scratch)
-        rest += max(2 * self.row + self.pieces * _LEAST_PIECE_BYTES, self.tile_row)
+        rest = rows * (self.logits + self.scratch) + self.fixed
+        tile = self.tile_step * self.tile_row
+        rest += max(2 * self.row + self.pieces * _LEAST_PIECE_BYTES, tile)
         # Of 64 parts: one for each piece, two for each block, or a quarter for the tile.
         blocks = self.pieces + 4 * (self.row > 0)
         return rest * 64 // (64 - max(blocks, 16 * (self.tile_row > 0))) + 1
@@ -276,7 +296,8 @@ class Panel(NamedTuple):
             tile = min(tile, max(1, needs.tile(budget) // needs.tile_row))
         if not work.wanted.weight or work.adds_to_main_grad:
             return cls(tile, 0, 0)
-        fitting = min((budget - needs.tile(budget)) // needs.scratch, MAX_CHUNK_ROWS)
+        rest = budget - needs.tile(budget) - needs.fixed
+        fitting = min(rest // needs.scratch, MAX_CHUNK_ROWS)
         first = min(work.dim // work.models, fitting)
         later = 0
         if work.has_narrow_d_weight and work.dim % 2 == 0:  # two numbers make a word
@@ -309,7 +330,8 @@ def _native_plan(work: Workload, needs: _Needs, budget: int) -> MemoryPlan:
         logits_bytes=logits,
         tile_bytes=needs.tile(budget),
         block_bytes=0,
-        scratch_bytes=max(workspace_rows * needs.scratch, overlay * needs.scratch - logits),
+        scratch_bytes=needs.fixed
+        + max(workspace_rows * needs.scratch, overlay * needs.scratch - logits),
         accumulator_bytes=4 * held,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(hidden + weight + bias) * work.dtype.itemsize,
@@ -335,6 +357,11 @@ def _fitting_rows(work: Workload, needs: _Needs, budget: int) -> int:
     if not needs.logits:
         most = MAX_SCORING_ROWS if needs.step > 1 else MAX_NATIVE_SCORING_ROWS
     return max(1, min(work.rows, most, fitting))
+
+
+def _factor_bytes(dtype: torch.dtype, dim: int) -> int:
+    """A number of NATIVE's hidden states: see `chunk.native_gemm.as_factor`."""
+    return 2 if native_matmul.multiplies(dtype, dim) else 4
 
 
 def _statistics_bytes(work: Workload) -> int:

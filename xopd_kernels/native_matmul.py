@@ -38,13 +38,23 @@ class _Product(ctypes.Structure):
         *pointers("b"),
         *sizes("m", "n", "k"),
         *pointers("out", "rounded"),
-        *sizes("out_stride", "is_added"),
+        *sizes("out_stride", "is_added", "is_transposed"),
     )
 
 
 def is_available() -> bool:
     """Whether the library is there and this processor has bf16 dot products."""
     return has("xopd_has_matmul")
+
+
+def multiplies(dtype: torch.dtype, dim: int) -> bool:
+    """Whether a head of `dim` is multiplied here; an odd number of bf16 has no whole pairs."""
+    return dtype == torch.bfloat16 and dim > 0 and dim % 2 == 0 and is_available()
+
+
+def whole(size: int) -> int:
+    """`size` filled up to whole blocks."""
+    return -(-size // BLOCK) * BLOCK
 
 
 class Packed(NamedTuple):
@@ -57,7 +67,7 @@ class Packed(NamedTuple):
 
 def packed_size(k: int, n: int) -> int:
     """Words of a right factor [k, n]."""
-    return -(-n // BLOCK) * -(-k // 2) * BLOCK
+    return whole(n) * -(-k // 2)
 
 
 def pack(matrix: Tensor, words: Tensor | None = None, is_transposed: bool = False) -> Packed:
@@ -116,23 +126,40 @@ def product(a: Tensor, b: Packed, out: Tensor, is_added: bool = False) -> Tensor
     even stride and, if k is odd, a 0 after each row. Raises TypeError/ValueError for a tensor that
     does not fit, RuntimeError without the products.
     """
-    m, k = a.shape
-    is_rounded = out.dtype == torch.bfloat16
-    if k != b.k or out.shape != (m, b.n):
-        raise ValueError(
-            f"a [m, k], b [k, n] and out [m, n] must fit, got {list(a.shape)}, {[b.k, b.n]} and "
-            f"{list(out.shape)}"
-        )
-    if is_added and is_rounded:
+    if is_added and out.dtype == torch.bfloat16:
         raise ValueError("out must be fp32 if it is added to, got bf16")
+    _check_fit(a, b, out.shape)
+    _run(a, b, out, is_added, is_transposed=False)
+    return out
+
+
+def transposed_product(a: Tensor, b: Packed, out: Tensor) -> Tensor:
+    """``out = (a b).T``, [n, m] fp32; otherwise as `product`.
+
+    For an `a` that is read where it is, and not packed, because it is the longer one.
+    """
+    _check_fit(a, b, out.shape[::-1])
+    _run(a, b, out, is_added=False, is_transposed=True)
+    return out
+
+
+def _check_fit(a: Tensor, b: Packed, shape: tuple[int, ...]) -> None:
+    m, k = a.shape
+    if k != b.k or shape != (m, b.n):
+        raise ValueError(
+            f"a [m, k], b [k, n] and the product [m, n] must fit, got {list(a.shape)}, "
+            f"{[b.k, b.n]} and {list(shape)}"
+        )
     if m > 1 and k > 0 and (a.stride(0) % 2 or a.stride(0) < k):
         raise ValueError(f"a must have rows of an even stride, got strides {a.stride()}")
+
+
+def _run(a: Tensor, b: Packed, out: Tensor, is_added: bool, is_transposed: bool) -> None:
     left = block("a", a, torch.bfloat16)
+    is_rounded = out.dtype == torch.bfloat16 and not is_transposed
     to = block("out", out, torch.bfloat16 if is_rounded else torch.float32)
     places = (None, to) if is_rounded else (to, None)
     right = address("b.words", b.words, torch.int32, (packed_size(b.k, b.n),))
-    call(
-        "xopd_run_product",
-        _Product(left, a.stride(0), right, m, b.n, k, *places, out.stride(0), is_added),
-    )
-    return out
+    sizes_of = (a.stride(0), right, a.shape[0], b.n, b.k)
+    how = (out.stride(0), is_added, is_transposed)
+    call("xopd_run_product", _Product(left, *sizes_of, *places, *how))

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xopd_kernels.native_matmul import multiplies
 from xopd_kernels.records import Wanted
 
-NATIVE_TILE_CLASSES = 1024  # of the GEMMs, or a multiple: their logits stay in the caches
+# Of the GEMMs, or a multiple: their logits stay in the caches. No power of two: rows 4 KiB apart
+# would share one set of the L1 cache.
+NATIVE_TILE_CLASSES = 1008
 NATIVE_TILE_ELEMENTS = 2**20
 
 
@@ -63,9 +66,9 @@ class Workload(NamedTuple):
     @property
     def shared_tile_dim(self) -> int:
         """Width of the fp32 memory of NATIVE for a tile of d_weight or of the teacher's weight."""
-        rounded = self.dim * (self.wanted.weight and self.dtype != torch.float32)
-        upcast = self.teacher_dim * (self.teacher_or_own_dtype != torch.float32)
-        return max(rounded, upcast)
+        rounded = self.wanted.weight and _is_upcast(self.dtype, self.dim)
+        upcast = _is_upcast(self.teacher_or_own_dtype, self.teacher_dim)
+        return max(self.dim * rounded, self.teacher_dim * upcast)
 
     @property
     def teacher_or_own_dtype(self) -> torch.dtype:
@@ -87,3 +90,8 @@ class Workload(NamedTuple):
     def arithmetic(self) -> torch.dtype:
         """The dtype of logits and sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def _is_upcast(dtype: torch.dtype, dim: int) -> bool:
+    """Whether NATIVE multiplies a head of `dtype` and `dim` in fp32, which it is not."""
+    return dtype != torch.float32 and not multiplies(dtype, dim)

@@ -164,36 +164,87 @@ XOPD_BF16 inline void multiply(const uint16_t* a, int64_t a_stride, const uint32
   }
 }
 
+// The columns of [M, 16] as rows of M numbers, `stride` apart, the first `count` of them.
+template <int64_t M>
+XOPD_BF16 inline void store_columns(const __m512 (&sums)[M], float* out, int64_t stride,
+                                    int64_t count) {
+  alignas(64) float block[M][LANES];
+  for (int64_t i = 0; i < M; ++i) _mm512_store_ps(block[i], sums[i]);
+  for (int64_t column = 0; column < count; ++column) {
+    for (int64_t i = 0; i < M; ++i) out[column * stride + i] = block[i][column];
+  }
+}
+
+// Six rows: by fours and twos in registers.
+template <>
+XOPD_BF16 inline void store_columns<ROWS>(const __m512 (&r)[ROWS], float* out, int64_t stride,
+                                          int64_t count) {
+  __m512 low[2], high[2], pair[2], four[LANES / 4];
+  for (int64_t i = 0; i < 2; ++i) {
+    low[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    high[i] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  pair[0] = _mm512_unpacklo_ps(r[4], r[5]);
+  pair[1] = _mm512_unpackhi_ps(r[4], r[5]);
+  // Of the columns 4 l + j, in the 128 bits l of four[j].
+  four[0] = _mm512_shuffle_ps(low[0], low[1], 0x44);
+  four[1] = _mm512_shuffle_ps(low[0], low[1], 0xee);
+  four[2] = _mm512_shuffle_ps(high[0], high[1], 0x44);
+  four[3] = _mm512_shuffle_ps(high[0], high[1], 0xee);
+  alignas(64) float fours[4][LANES], pairs[2][LANES];
+  for (int64_t j = 0; j < 4; ++j) _mm512_store_ps(fours[j], four[j]);
+  for (int64_t j = 0; j < 2; ++j) _mm512_store_ps(pairs[j], pair[j]);
+  for (int64_t column = 0; column < count; ++column) {
+    float* to = out + column * stride;
+    const int64_t j = column % 4, l = column / 4;
+    std::memcpy(to, &fours[j][4 * l], 4 * sizeof(float));
+    std::memcpy(to + 4, &pairs[j / 2][4 * l + j % 2 * 2], 2 * sizeof(float));
+  }
+}
+
+// The sums of rows [row, row + M) and columns [begin, begin + 64), where they belong.
+template <int64_t M>
+XOPD_BF16 inline void store(const xopd_product& call, int64_t row, int64_t begin,
+                            const __m512 (&sums)[M][VECTORS]) {
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    const int64_t column = begin + v * LANES, count = std::min(LANES, call.n - column);
+    if (count <= 0) return;
+    if (call.is_transposed != 0) {
+      __m512 part[M];
+      for (int64_t i = 0; i < M; ++i) part[i] = sums[i][v];
+      store_columns<M>(part, call.out + column * call.out_stride + row, call.out_stride, count);
+      continue;
+    }
+    for (int64_t i = 0; i < M; ++i) {
+      const int64_t at = (row + i) * call.out_stride + column;
+      if (call.out != nullptr) {
+        _mm512_mask_storeu_ps(call.out + at, first(count), sums[i][v]);
+      } else {
+        _mm256_mask_storeu_epi16(call.rounded + at, first(count), rounded(sums[i][v]));
+      }
+    }
+  }
+}
+
 // Rows [row, row + M) of the columns [begin, begin + 64), pairs [from, from + pairs).
 template <int64_t M>
 XOPD_BF16 void multiply_block(const xopd_product& call, int64_t row, int64_t begin, int64_t from,
                               int64_t pairs) {
   const bool is_added = call.is_added != 0 || from > 0;
   const int64_t total = (call.k + 1) / 2;
-  __mmask16 mask[VECTORS];
-  for (int64_t v = 0; v < VECTORS; ++v) mask[v] = first(call.n - begin - v * LANES);
-  const int64_t place = row * call.out_stride + begin;
   __m512 sums[M][VECTORS];
   for (int64_t i = 0; i < M; ++i) {
+    const float* old = call.out + (row + i) * call.out_stride + begin;
     for (int64_t v = 0; v < VECTORS; ++v) {
       sums[i][v] = _mm512_setzero_ps();
       if (is_added) {
-        sums[i][v] = _mm512_maskz_loadu_ps(mask[v], call.out + place + i * call.out_stride + v * LANES);
+        sums[i][v] = _mm512_maskz_loadu_ps(first(call.n - begin - v * LANES), old + v * LANES);
       }
     }
   }
   multiply<M>(call.a + row * call.a_stride + 2 * from, call.a_stride,
               call.b + begin * total + from * COLUMNS, pairs, sums);
-  for (int64_t i = 0; i < M; ++i) {
-    for (int64_t v = 0; v < VECTORS; ++v) {
-      const int64_t at = place + i * call.out_stride + v * LANES;
-      if (call.out != nullptr) {
-        _mm512_mask_storeu_ps(call.out + at, mask[v], sums[i][v]);
-      } else {
-        _mm256_mask_storeu_epi16(call.rounded + at, mask[v], rounded(sums[i][v]));
-      }
-    }
-  }
+  store<M>(call, row, begin, sums);
 }
 
 using Block = void (*)(const xopd_product&, int64_t, int64_t, int64_t, int64_t);
@@ -203,7 +254,8 @@ constexpr Block BLOCKS[ROWS] = {multiply_block<1>, multiply_block<2>, multiply_b
 // Some rows of a block of 64 columns. Which task has them changes nothing about their sums.
 void multiply_rows(const xopd_product& call, int64_t first_row, int64_t begin) {
   const int64_t end = std::min(first_row + ROWS_OF_TASK, call.m), total = (call.k + 1) / 2;
-  const int64_t most = call.out == nullptr ? std::max<int64_t>(total, 1) : MOST_PAIRS;
+  const bool is_cut = call.out != nullptr && call.is_transposed == 0;
+  const int64_t most = is_cut ? MOST_PAIRS : std::max<int64_t>(total, 1);
   int64_t from = 0;
   do {  // once at least: a product of nothing is written, too
     const int64_t pairs = std::min(most, total - from);

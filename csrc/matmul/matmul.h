@@ -39,6 +39,8 @@ struct xopd_product {
   uint16_t* rounded;  // the product rounded to bf16
   int64_t out_stride;
   int64_t is_added;  // to `out`; 0 with `rounded`
+  // 1: `out` is [n, m], the product transposed; not with `rounded`, not if it is added to.
+  int64_t is_transposed;
 };
 
 // 1 if this object has the products and this processor runs them.

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from xopd_kernels import (
+    Backend,
     linear_divergence,
     linear_logprob,
     linear_policy_loss,
     linear_topk_divergence,
 )
+from xopd_kernels.backend import resolve
+from xopd_kernels.native_matmul import multiplies
 from xopd_kernels.testing import make_inputs, make_terms
 
 SHAPE = (61, 97, 16)
@@ -91,6 +94,15 @@ def with_main_grad(inputs, value=0.0):
     return inputs
 
 
+def rounding_of_factors(dtype):
+    """Relative error of a bf16 gradient by the logits, where the GEMMs of this machine take one.
+
+    Each number is off by 2^-9 at most; twice that, because sums of them cancel.
+    """
+    is_native = resolve("auto", torch.device("cpu"), dtype) is Backend.NATIVE
+    return 2**-8 if is_native and multiplies(dtype, SHAPE[2]) else 0.0
+
+
 def oracle(loss_of, inputs):
     exact = inputs.to(torch.float64)
     loss_of(exact).backward()
@@ -108,35 +120,54 @@ def test_the_gradient_is_added_there_unrounded(loss_of, dtype):
     assert inputs.weight.grad is None
     added = (inputs.weight.main_grad - 0.25).double()
     error = (added - truth.weight.grad).norm() / truth.weight.grad.norm()
-    assert error <= 1e-6  # fp32, also beside what was there before
+    factors = rounding_of_factors(dtype)
+    assert error <= 1e-6 + factors  # fp32, also beside what was there before
     if dtype != torch.float32:
         rounded = (usual.weight.grad.double() - truth.weight.grad).norm()
-        assert error < 1e-2 * rounded / truth.weight.grad.norm()
+        assert error < 1e-2 * rounded / truth.weight.grad.norm() + factors
+        # What is added is the gradient that is handed out without it, before its rounding.
+        step = (usual.weight.grad.double() - added).norm() / added.norm()
+        assert step <= torch.finfo(dtype).eps
     for name in ("hidden", "bias"):  # as without it, but for how the rows are cut into chunks
         one, other = (getattr(x, name).grad.double() for x in (inputs, usual))
         step = 2**-8 if dtype == torch.bfloat16 else 2**-11 if dtype == torch.float16 else 1e-6
         assert (one - other).norm() <= step * other.norm()
 
 
+def main_grad_of(loss_of, inputs, weight):
+    """What one call adds to a main_grad of zeros."""
+    alone = with_main_grad(inputs._replace(weight=weight.detach().clone().requires_grad_()))
+    loss_of(alone).backward()
+    return alone.weight.main_grad
+
+
+def assert_is_the_sum(loss_of, main_grad, calls):
+    """To fp32 the sum of what each call adds; close to the exact gradients."""
+    weight = calls[0].weight
+    parts = [main_grad_of(loss_of, x, weight) for x in calls]
+    torch.testing.assert_close(main_grad, sum(parts), rtol=1e-4, atol=1e-5)
+    expected = sum(oracle(loss_of, x).weight.grad for x in calls)
+    error = (main_grad.double() - expected).norm() / expected.norm()
+    assert error <= 1e-6 + rounding_of_factors(torch.bfloat16)
+
+
 @LOSSES
 def test_two_calls_add_up(loss_of):
     first = with_main_grad(make_inputs(*SHAPE, torch.bfloat16))
     second = make_inputs(*SHAPE, torch.bfloat16, seed=1)._replace(weight=first.weight)
-    expected = sum(oracle(loss_of, x).weight.grad for x in (first, second))
     losses = [loss_of(x) for x in (first, second)]  # both graphs exist before either is run
     for loss in losses:
         loss.backward()
     assert first.weight.grad is None
-    torch.testing.assert_close(first.weight.main_grad.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_is_the_sum(loss_of, first.weight.main_grad, (first, second))
 
 
 @LOSSES
 def test_a_weight_that_two_calls_of_one_graph_share(loss_of):
     first = with_main_grad(make_inputs(*SHAPE, torch.bfloat16))
     second = make_inputs(*SHAPE, torch.bfloat16, seed=1)._replace(weight=first.weight)
-    expected = sum(oracle(loss_of, x).weight.grad for x in (first, second))
     (loss_of(first) + loss_of(second)).backward()
-    torch.testing.assert_close(first.weight.main_grad.double(), expected, rtol=1e-4, atol=1e-5)
+    assert_is_the_sum(loss_of, first.weight.main_grad, (first, second))
 
 
 @LOSSES

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from tests.native.formulas import seeded
 from xopd_kernels import native_matmul
-from xopd_kernels.native_matmul import Packed, pack, packed_size, product, round_both
+from xopd_kernels.native_matmul import (
+    Packed,
+    pack,
+    packed_size,
+    product,
+    round_both,
+    transposed_product,
+)
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -59,6 +66,16 @@ def test_product(
     out = torch.empty(m, n + gap, dtype=BF16)[:, :n] if kind == BF16 else start.clone()
     product(a, packed, out, is_added=kind == "add")
     check(out, a, b, start if kind == "add" else None)
+
+
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SIZES, SIZES, st.integers(0, 5))
+def test_transposed_product(m: int, n: int, k: int, gap: int) -> None:
+    a, b = matrix(m, k, 1, gap), matrix(k, n, 2)
+    memory = torch.full((n, m + gap), torch.nan)
+    out = transposed_product(a, pack(b), memory[:, :m])
+    assert torch.equal(out.t(), product(a, pack(b), torch.empty(m, n)))
+    assert memory[:, m:].isnan().all()
 
 
 def test_an_inner_dimension_that_is_cut() -> None:
@@ -150,6 +167,10 @@ def test_wrong_input() -> None:
         product(a, b, out.double())
     with pytest.raises(ValueError, match=r"b.words must be \[128\]"):
         product(a, Packed(b.words[:-1], 4, 6), out)
+    with pytest.raises(ValueError, match="must fit"):
+        transposed_product(a, b, out)
+    with pytest.raises(TypeError, match="out must be"):
+        transposed_product(a, b, torch.empty(6, 3, dtype=BF16))
     with pytest.raises(ValueError, match="even k"):
         pack(matrix(4, 3, 16), is_transposed=True)
     with pytest.raises(ValueError, match="words must be"):

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native_gemm import Bf16Gemms, Fp32Gemms, as_factor, has_bf16_gemms
+from xopd_kernels.chunk.native_gemm import Bf16Gemms, Fp32Gemms, as_factors
 from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
+from xopd_kernels.native_matmul import Packed, multiplies
 from xopd_kernels.records import GradientSink, Head, HeadGradient
 from xopd_kernels.validation import check_target_range
 
@@ -37,8 +38,8 @@ class Model(NamedTuple):
     def of(cls, head: Head, step: int, spare: Tensor | None = None) -> "Model":
         """Take the buffer that weights are upcast into from `spare`, flat; None: allocate it."""
         weight = head.weight
-        if has_bf16_gemms(weight):
-            return cls(head, step, Bf16Gemms.of(weight, step))
+        if multiplies(weight.dtype, weight.shape[1]):
+            return cls(head, step, Bf16Gemms(weight, step))
         if weight.dtype == torch.float32:
             return cls(head, step, Fp32Gemms(weight, None))
         return cls(head, step, Fp32Gemms(weight, _tile(step, weight, spare)))
@@ -83,14 +84,22 @@ class Chunk(NamedTuple):
     """Some live rows of a model, and where their logits lie."""
 
     part: slice  # of the live rows
-    hidden: Tensor  # [rows, D], a factor of the model's GEMMs
+    hidden: Tensor  # [rows, D], a factor of the gradient's GEMMs
+    factor: Tensor | Packed  # the same, of the logits' GEMMs
     store: Store
     place: int = 0  # 1: those of the teacher, beside the student's
+
+    @classmethod
+    def of(
+        cls, part: slice, hidden: Tensor, weight: Tensor, store: Store, place: int = 0
+    ) -> "Chunk":
+        """The chunk of `hidden` [rows, D] that is multiplied with `weight` [V, D]."""
+        return cls(part, *as_factors(hidden, weight), store, place)
 
     def fill(self, model: Model, tile: slice) -> native.Logits:
         """The logits of a tile, computed."""
         x = self.store.block(tile, len(self.hidden), self.place)
-        return model.logits(model.gemms.logits(self.hidden, tile, x), tile)
+        return model.logits(model.gemms.logits(self.factor, tile, x), tile)
 
     def kept(self, model: Model, tile: slice) -> native.Logits:
         """The logits of a tile that was filled before."""
@@ -128,8 +137,8 @@ class GradientSum(NamedTuple):
         is_one_chunk |= call.panel.first_rows == 0 and live.live <= call.step
         if wanted.weight:
             dtype = fp32 if sink.keeps_fp32 else out_dtype
-            # new_empty, not empty_like: contiguous, as the fakes promise, whatever the strides.
             out = sink.main_grad
+            # new_empty, not empty_like: contiguous, as the fakes promise, whatever the strides.
             out = weight.new_empty(weight.shape, dtype=dtype) if out is None else out
             if out.dtype == fp32:
                 total = out
@@ -240,7 +249,7 @@ def chunks(
             place = workspace, call.step
         store, step = place
         part = slice(begin, min(live.live, begin + step))
-        yield Chunk(part, as_factor(live.chunk(hidden, part), call.head.weight), store)
+        yield Chunk.of(part, live.chunk(hidden, part), call.head.weight, store)
         begin = part.stop
 
 

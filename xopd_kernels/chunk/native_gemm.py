@@ -10,20 +10,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xopd_kernels import native_matmul
-from xopd_kernels.native_matmul import Packed, pack, packed_size, product, round_both
+from xopd_kernels.native_matmul import (
+    Packed,
+    multiplies,
+    pack,
+    packed_size,
+    product,
+    round_both,
+    transposed_product,
+)
 
 
-def has_bf16_gemms(weight: Tensor) -> bool:
-    """Whether `weight` [V, D] is multiplied in bf16; an odd D has no whole pairs."""
-    is_bf16 = weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
-    return is_bf16 and native_matmul.is_available()
-
-
-def as_factor(hidden: Tensor, weight: Tensor) -> Tensor:
-    """`hidden` [rows, D] as the GEMMs with `weight` read it: bf16 or fp32, contiguous."""
-    dtype = torch.bfloat16 if has_bf16_gemms(weight) else torch.float32
-    return hidden.to(dtype).contiguous()
+def as_factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | Packed]:
+    """`hidden` [rows, D] as the GEMMs with `weight` read it: for the gradients, for the logits."""
+    if multiplies(weight.dtype, weight.shape[1]):
+        rows = hidden.contiguous()
+        return rows, pack(rows, is_transposed=True)
+    rows = hidden.float().contiguous()
+    return rows, rows
 
 
 class Fp32Gemms(NamedTuple):
@@ -37,8 +41,9 @@ class Fp32Gemms(NamedTuple):
         weight = self.weight[tile]
         return weight if self.buffer is None else self.buffer[: len(weight)].copy_(weight)
 
-    def logits(self, hidden: Tensor, tile: slice, out: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor | Packed, tile: slice, out: Tensor) -> Tensor:
         """``out = hidden @ weight[tile].T``, [rows, T] fp32."""
+        assert isinstance(hidden, Tensor)
         return torch.mm(hidden, self.upcast(tile).t(), out=out)
 
     def gradient(self, hidden: Tensor, d_tile: Tensor) -> "Fp32Gradient":
@@ -82,25 +87,16 @@ class Bf16Gemms(NamedTuple):
 
     weight: Tensor  # [V, D] bf16
     step: int  # most classes of a tile
-    words: Tensor  # int32, flat: a packed tile
 
-    @classmethod
-    def of(cls, weight: Tensor, step: int) -> "Bf16Gemms":
-        """Allocate for tiles of at most `step` classes."""
-        dim = weight.shape[1]
-        size = max(packed_size(dim, step), packed_size(step, dim))
-        return cls(weight, step, weight.new_empty(size, dtype=torch.int32))
-
-    def packed(self, tile: slice, is_transposed: bool) -> Packed:
-        """The weight [T, D] of a tile as a right factor, valid until the next one is packed."""
+    def rows(self, tile: slice) -> Tensor:
+        """The weight [T, D] of a tile, with unit inner stride."""
         weight = self.weight[tile]
-        if weight.stride(1) != 1:
-            weight = weight.contiguous()
-        return pack(weight, self.words, is_transposed)
+        return weight if weight.stride(1) == 1 else weight.contiguous()
 
-    def logits(self, hidden: Tensor, tile: slice, out: Tensor) -> Tensor:
-        """``out = hidden @ weight[tile].T``, [rows, T] fp32."""
-        return product(hidden, self.packed(tile, is_transposed=True), out)
+    def logits(self, hidden: Tensor | Packed, tile: slice, out: Tensor) -> Tensor:
+        """``out = hidden @ weight[tile].T``, [rows, T] fp32; the weight is read where it lies."""
+        assert isinstance(hidden, Packed)
+        return transposed_product(self.rows(tile), hidden, out)
 
     def gradient(self, hidden: Tensor, d_tile: Tensor) -> "Bf16Gradient":
         """The gradients of `hidden` [rows, D] and of the weight; `d_tile` is not used."""
@@ -108,6 +104,7 @@ class Bf16Gemms(NamedTuple):
         rows, step = len(hidden), self.step
         return Bf16Gradient(
             self,
+            hidden.new_empty(packed_size(step, hidden.shape[1]), dtype=torch.int32),
             pack(hidden),
             hidden.new_empty(rows * (step + step % 2)),
             hidden.new_empty(step * (rows + rows % 2)),
@@ -118,6 +115,7 @@ class Bf16Gradient(NamedTuple):
     """Both GEMMs of the gradients of a chunk, tile by tile, of d_logit rounded to bf16."""
 
     gemms: Bf16Gemms
+    words: Tensor  # int32, flat: a packed tile of the weight
     hidden: Packed  # [rows, D]
     straight: Tensor  # bf16, flat: d_logit
     transposed: Tensor  # bf16, flat: d_logit.T
@@ -137,7 +135,7 @@ class Bf16Gradient(NamedTuple):
             None if d_weight is None else self.transposed,
         )
         if d_hidden is not None and straight is not None:
-            weight = self.gemms.packed(tile, is_transposed=False)
+            weight = pack(self.gemms.rows(tile), self.words)
             product(straight, weight, d_hidden, is_added=True)
         if d_weight is not None and transposed is not None:
             product(transposed, self.hidden, d_weight, is_added)

@@ -8,7 +8,6 @@ from torch import Tensor
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks, sweep
-from xopd_kernels.chunk.native_gemm import as_factor
 from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher
 
@@ -32,10 +31,16 @@ def forward(
     gradient = GradientSum.of(call, model, hidden, live, sink, spare)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
-        of_teacher = as_factor(live.chunk(teacher.hidden, chunk.part), teacher.head.weight)
+        of_teacher = Chunk.of(
+            chunk.part,
+            live.chunk(teacher.hidden, chunk.part),
+            teacher.head.weight,
+            chunk.store,
+            place=1,
+        )
         student = _Filled.of(model, chunk)
-        reference = _Filled.of(other, Chunk(chunk.part, of_teacher, chunk.store, place=1))
-        value, slope_sum = hidden.new_zeros(2, len(of_teacher), dtype=torch.float64)
+        reference = _Filled.of(other, of_teacher)
+        value, slope_sum = hidden.new_zeros(2, len(chunk.hidden), dtype=torch.float64)
         for tile in model.tiles():
             sides = student.side(tile), reference.side(tile)
             native.add_divergence(*sides, beta, value, slope_sum)

@@ -55,7 +55,12 @@ def test_bf16_sums_do_not_drift_with_the_number_of_chunks(which):
         loss = call(**options).logprob.sum()
         errors.append(relative_error(grads_of(loss, x.hidden, x.weight)[which], truth))
     assert errors[1] <= 1.05 * errors[0]
-    assert errors[1] <= 1.05 * relative_error(truth.bfloat16(), truth)
+    # One rounding of the result and, where the GEMMs take bf16, one of the gradient by the logits.
+    p = (exact.hidden @ exact.weight.T).softmax(1).detach()
+    one = functional.one_hot(x.target.clamp(min=0), 300)
+    d_logit = ((one - p) * (x.target >= 0)[:, None]).bfloat16().double()
+    factors = (d_logit @ exact.weight, d_logit.T @ exact.hidden)[which].detach()
+    assert errors[1] <= 1.05 * relative_error(factors.bfloat16(), truth)
 
 
 def check_many_rows(device, backend):

@@ -159,11 +159,14 @@ def test_a_row_alone_is_the_row_in_the_batch(run, dtype):
     ends = (0, 1, 2, 5, 12, 25, ROWS)
     parts = [results(run, x, slice(*pair))[0] for pair in itertools.pairwise(ends)]
     together = [torch.cat(field) for field in zip(*parts, strict=True)]
+    # Too few numbers to average over: one rounding of the fp32 logits each, as large as the lse.
+    largest = max(field.double().norm().item() for field in truth)
+    rounding = torch.finfo(torch.float32).eps * largest * (dtype != torch.float64)
     for number, (one, two, three) in enumerate(zip(together, whole, truth, strict=True)):
         if one.dtype == torch.bool:
             assert torch.equal(one, two)
         else:
-            assert_within_budget(f"field {number}", one, two, three)
+            assert_within_budget(f"field {number}", one, two, three, rounding)
 
 
 @every_run

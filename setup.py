@@ -13,7 +13,14 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, LinkError, PlatformError
 
-SOURCES = ["csrc/divergence/cpu.cpp", "csrc/matmul/cpu.cpp", "csrc/softmax/cpu.cpp"]
+SOURCES = [
+    "csrc/divergence/cpu.cpp",
+    "csrc/matmul/cpu.cpp",
+    "csrc/softmax/cpu.cpp",
+    "csrc/sparse/draw.cpp",
+    "csrc/sparse/entries.cpp",
+    "csrc/sparse/shortlist.cpp",
+]
 HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*.h"))
 # No -ffast-math: sums keep their order, and NaN and infinities their meaning.
 FLAGS = ["-std=c++17", "-O3", "-fPIC", "-ffp-contract=fast", "-fvisibility=hidden"]

@@ -30,6 +30,9 @@ MANY_ARGUMENTS = {
     "xopd_kernels/linear_policy_loss/op.py": "operator schemas",
     "xopd_kernels/linear_divergence/op.py": "operator schemas",
     "xopd_kernels/linear_topk_divergence/op.py": "operator schemas",
+    "xopd_kernels/linear_logprob/sparse_op.py": "operator schemas",
+    "xopd_kernels/linear_policy_loss/sparse_op.py": "operator schemas",
+    "xopd_kernels/linear_topk_divergence/sparse_op.py": "operator schemas",
 }
 # Functions that may be longer, each with its reason.
 LONG: dict[str, str] = {

@@ -14,6 +14,9 @@ from xopd_kernels.records import (
     LinearLogprob,
     PolicyLoss,
     ReverseKLAdvantage,
+    SparseDivergence,
+    SparseLinearLogprob,
+    SparsePolicyLoss,
     Wanted,
 )
 from xopd_kernels.workload import Operator, Workload
@@ -29,6 +32,9 @@ __all__ = [
     "Operator",
     "PolicyLoss",
     "ReverseKLAdvantage",
+    "SparseDivergence",
+    "SparseLinearLogprob",
+    "SparsePolicyLoss",
     "Wanted",
     "Workload",
     "__version__",

@@ -22,12 +22,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from xopd_kernels.chunk import config
+from xopd_kernels.chunk import config, triton_sparse
 from xopd_kernels.chunk.config import Stage
 from xopd_kernels.tile.divergence import divergence_kernel, topk_divergence_kernel
+from xopd_kernels.tile.entries import entry_hidden_kernel, entry_weight_kernel
 from xopd_kernels.tile.matmul import matmul_kernel
 from xopd_kernels.tile.scoring import fold_kernel, persistent_kernel
 from xopd_kernels.tile.softmax import gradient_kernel, logits_kernel, statistics_kernel
+from xopd_kernels.tile.sparse import (
+    draw_kernel,
+    keep_kernel,
+    list_kernel,
+    rest_kernel,
+)
 from xopd_kernels.tile.token_loss import policy_kernel
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # CUDA programming guide
@@ -186,6 +193,54 @@ def _row_jobs(arch: int) -> Iterator[Job]:
     types = (f, "*bf16", "*i64", "*i64", "*i32", *rows, "i32", "i32", "fp32", "fp32")
     block, warps = (config.GRADIENT_BLOCK_V,), config.GRADIENT_WARPS
     yield Job("gradient", arch, gradient_kernel, types, block, warps, 1, False)
+    yield from _list_jobs(arch)
+    yield from _entry_jobs(arch)
+
+
+def _list_jobs(arch: int) -> Iterator[Job]:
+    """The lists of sparse rows: without a target; with one and an entropy; with a softcap."""
+    f, ids, warps = "*fp32", "*i32", triton_sparse.LIST_WARPS
+    block, entries = (triton_sparse.LIST_BLOCK_V,), (triton_sparse.KEEP_BLOCK,)
+    sizes = ("i32", "i32", "i32", "fp32")
+    for has_cap, label in ((False, ""), (True, " with softcap")):
+        cap, slopes = ("fp32", f) if has_cap else (None, None)
+        for has_target in (False, True):
+            row = ("*i64" if has_target else None, ids, f, f, f)
+            lists: tuple[str | None, ...] = (ids, f, slopes, ids, f, f if has_target else None)
+            name = "list" + " and entropy" * has_target + label
+            types = (f, *row, *lists, *sizes, cap)
+            yield Job(name, arch, list_kernel, types, block, warps, 1, False)
+        types = (ids, f, slopes, ids, "*i64", f, f, f, f, "i32", "fp32")
+        yield Job(f"keep{label}", arch, keep_kernel, types, entries, 4, 3, False)
+        types = (f, ids, f, ids, "*fp64", f, f, f, "i32", "i32", "fp32", cap)
+        blocks = (*block, *entries)
+        yield Job(f"draw{label}", arch, draw_kernel, types, blocks, warps, 1, False)
+        types = (f, "*i64", ids, f, f, "i32", "i32", cap)
+        yield Job(f"rest{label}", arch, rest_kernel, types, blocks, warps, 1, False)
+
+
+def _entry_jobs(arch: int) -> Iterator[Job]:
+    """The products over the entries of sparse rows."""
+    f, ids, index = "*fp32", "*i32", "*i64"
+    blocks = (triton_sparse.ENTRY_BLOCK_E, triton_sparse.ENTRY_BLOCK_D)
+    warps, sizes = triton_sparse.ENTRY_WARPS, ("i32", "i32", "i32")
+    for name in _NAMES.values():
+        p = f"*{name}"
+        types: tuple[str | None, ...] = (ids, f, ids, p, f, index, p, *sizes, "i32")
+        yield Job(
+            f"entry d_hidden {name}", arch, entry_hidden_kernel, types, blocks, warps, 3, False
+        )
+        types = (index, index, f, p, f, "i32", *sizes, "i32")
+        yield Job(
+            f"entry d_weight {name}",
+            arch,
+            entry_weight_kernel,
+            types,
+            (triton_sparse.CLASS_GROUP, *blocks),
+            warps,
+            3,
+            False,
+        )
 
 
 def _divergence_jobs(arch: int) -> Iterator[Job]:

@@ -13,7 +13,7 @@ from xopd_kernels import native_matmul
 from xopd_kernels.backend import Backend
 from xopd_kernels.records import Wanted
 from xopd_kernels.validation import check_budget
-from xopd_kernels.workload import Operator, Workload
+from xopd_kernels.workload import LIST_BYTES, Operator, Workload
 
 MIB = 2**20
 DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
@@ -24,6 +24,8 @@ DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge
 MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
 MAX_NATIVE_SCORING_ROWS = 2048  # as many as GEMMs over a tile of classes gain from
 MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
+LIST_SLOT_BYTES = 40  # of a chunk's list: class, value, slope, what the rule and sorting need
+LIST_ROOM = 64  # slots of a list beyond its length: entries that come before it is cut
 TRITON_ROW_STEP = 128  # rows of a tile
 _LEAST_PIECE_BYTES = 64
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
@@ -41,6 +43,7 @@ class MemoryPlan:
     accumulator_bytes: int  # fp32 gradients that are rounded to their dtype at the end
     row_bytes: int  # per-token statistics and results: some floats for each of the N tokens
     gradient_bytes: int  # d_hidden, d_weight, d_bias as they are handed out
+    list_bytes: int  # lists of a sparse gradient: of a chunk; LOGPROB: also those of all rows
 
     @property
     def workspace_bytes(self) -> int:
@@ -50,7 +53,8 @@ class MemoryPlan:
     @property
     def extra_bytes(self) -> int:
         """Everything beyond inputs and gradients."""
-        return self.workspace_bytes + self.accumulator_bytes + self.row_bytes
+        work = self.workspace_bytes + self.list_bytes
+        return work + self.accumulator_bytes + self.row_bytes
 
     @property
     def peak_bytes(self) -> int:
@@ -64,8 +68,8 @@ def memory_plan(
     """The plan of a call on `backend` (TRITON: on a CUDA device); ValueError as in the call.
 
     `memory_budget_bytes` bounds the workspace; None: 48 MiB (REFERENCE, NATIVE), 640 MB (TRITON),
-    or what 16 rows need if that is more. The fp32 sum of a narrower d_weight, and the gradients,
-    come on top, see the fields.
+    or what 16 rows need if that is more. The fp32 sum of a narrower d_weight, the lists of a
+    sparse gradient (about 40 MiB at most) and the gradients come on top, see the fields.
 
     Not counted, because they depend on how the inputs lie: a copy of hidden [N, D] whose leading
     dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight neither of whose
@@ -103,6 +107,7 @@ def memory_plan(
         + 4 * hidden_elements * work.holds_fp32,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(hidden_elements + weight_elements) * size,
+        list_bytes=_list_bytes(work, chunk),
     )
 
 
@@ -335,6 +340,26 @@ def _native_plan(work: Workload, needs: _Needs, budget: int) -> MemoryPlan:
         accumulator_bytes=4 * held,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(hidden + weight + bias) * work.dtype.itemsize,
+        list_bytes=_list_bytes(work, max(overlay, workspace_rows)) + _sum_bytes(work),
+    )
+
+
+def _list_bytes(work: Workload, chunk: int) -> int:
+    if not work.is_sparse or not work.has_gradient:
+        return 0
+    is_kept = work.operator is Operator.LOGPROB
+    length = work.list_length(work.rows if is_kept else chunk)
+    kept = work.rows * length * (8 + work.arithmetic.itemsize) * is_kept
+    slots = chunk * (length + work.top_k + LIST_ROOM)
+    # A row at a time is searched for its largest classes: its copy, their order, what is chosen.
+    return kept + min(LIST_BYTES, slots * LIST_SLOT_BYTES) + 16 * work.vocab_size
+
+
+def _sum_bytes(work: Workload) -> int:
+    """A tile of d_weight to which entries are added: otherwise bf16 GEMMs round it at once."""
+    adds = work.is_sparse and work.wanted.weight and not work.adds_to_main_grad
+    return (
+        4 * work.dim * work.tile_classes * (adds and native_matmul.multiplies(work.dtype, work.dim))
     )
 
 

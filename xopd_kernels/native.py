@@ -53,7 +53,7 @@ class Side(NamedTuple):
 
 
 # The structs of csrc/common/logits.h, csrc/softmax/softmax.h and csrc/divergence/divergence.h.
-class _Logits(ctypes.Structure):
+class CLogits(ctypes.Structure):
     _fields_ = (
         *pointers("x", "bias"),
         *sizes("row_stride"),
@@ -64,7 +64,7 @@ class _Logits(ctypes.Structure):
 
 class _Statistics(ctypes.Structure):
     _fields_ = (
-        ("logits", _Logits),
+        ("logits", CLogits),
         *sizes("rows", "classes", "first_class"),
         *pointers("ids"),
         *sizes("id_count", "excludes_ids"),
@@ -74,7 +74,7 @@ class _Statistics(ctypes.Structure):
 
 class _Gradient(ctypes.Structure):
     _fields_ = (
-        ("logits", _Logits),
+        ("logits", CLogits),
         *sizes("logit_rows", "rows", "classes", "first_class"),
         *pointers("row_of", "maximum", "alpha", "gamma", "ids"),
         *sizes("id_count"),
@@ -84,7 +84,7 @@ class _Gradient(ctypes.Structure):
 
 
 class _Side(ctypes.Structure):
-    _fields_ = (("logits", _Logits), *pointers("maximum", "log_total"))
+    _fields_ = (("logits", CLogits), *pointers("maximum", "log_total"))
 
 
 class _Divergence(ctypes.Structure):
@@ -120,7 +120,7 @@ def add_statistics(
     or +inf makes total NaN (the maximum passes over a NaN). Raises TypeError/ValueError for a
     tensor that does not fit, RuntimeError if the library is unavailable.
     """
-    head = _logits("logits", logits, first_class)
+    head = c_logits("logits", logits, first_class)
     rows, classes = logits.x.shape
     id_count = _columns(ids)
     moment = running.moment
@@ -151,7 +151,7 @@ def write_gradient(
     are the rows of `logits.x` that are meant, None: all. `out` may not overlap `logits.x`. Raises
     TypeError/ValueError for a tensor that does not fit, RuntimeError if the library is unavailable.
     """
-    head = _logits("logits", logits, first_class)
+    head = c_logits("logits", logits, first_class)
     logit_rows, classes = logits.x.shape
     count = logit_rows if rows is None else rows.numel()
     id_count = _columns(terms.ids)
@@ -238,13 +238,13 @@ def _end(block: Tensor) -> int:
     return block.data_ptr() + 4 * elements
 
 
-def _logits(name: str, logits: Logits, first_class: int = 0) -> _Logits:
+def c_logits(name: str, logits: Logits, first_class: int = 0) -> CLogits:
     x, bias, cap = logits.x, logits.bias, logits.cap
     if not 0 <= first_class < 2**62:
         raise ValueError(f"first_class must be a class number >= 0, got {first_class}")
     if cap is not None and not ctypes.c_float(cap).value > 0:  # C++ takes 0 for none
         raise ValueError(f"{name}.cap must be > 0 in fp32 or None, got {cap}")
-    return _Logits(
+    return CLogits(
         block(f"{name}.x", x),
         None if bias is None else address(f"{name}.bias", bias, torch.float32, (x.shape[1],)),
         x.stride(0),
@@ -254,7 +254,7 @@ def _logits(name: str, logits: Logits, first_class: int = 0) -> _Logits:
 
 
 def _side(name: str, side: Side, shape: tuple[int, ...]) -> _Side:
-    head = _logits(f"{name}.logits", side.logits)
+    head = c_logits(f"{name}.logits", side.logits)
     if side.logits.x.shape != shape:
         raise ValueError(f"{name}.logits.x must be {list(shape)}, got {list(side.logits.x.shape)}")
     return _Side(

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI_VERSION = 2  # of csrc/common/abi.h
+ABI_VERSION = 3  # of csrc/common/abi.h
 _ROW_OUT_OF_RANGE = -1
 _NO_MATMUL = -2
+_ENTRY_OUT_OF_RANGE = -3
 
 # The objects that a CPU can run, best first, by torch.backends.cpu.get_cpu_capability().
 _INSTRUCTION_SETS = {"AVX512": ("avx512", "avx2", "portable"), "AVX2": ("avx2", "portable")}
@@ -105,7 +106,12 @@ def call(name: str, arguments: ctypes.Structure) -> None:
     run = getattr(library.kernels, name)
     status = run(ctypes.byref(arguments), library.parallel_for)
     if status == _ROW_OUT_OF_RANGE:
-        raise ValueError("rows must be row numbers of logits.x, got one out of range")
+        raise ValueError("rows must be row numbers of the logits or lists, got one out of range")
+    if status == _ENTRY_OUT_OF_RANGE:
+        raise ValueError(
+            "ids must be class numbers of the vocabulary that ascend in a row, and counts, offsets "
+            "and row numbers lie within their tensors; got one out of range"
+        )
     if status == _NO_MATMUL:
         raise RuntimeError("this CPU has no bf16 dot products (AVX-512 BF16)")
     if status != 0:

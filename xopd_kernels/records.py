@@ -93,12 +93,68 @@ class PolicyLoss(NamedTuple):
     is_clipped: Tensor  # [...] bool: the clipped branch is strictly smaller, no gradient
 
 
+class Sparsity(NamedTuple):
+    """How much of the gradient of the logits a call may leave out; None in its place: nothing."""
+
+    mode: str  # "sparse", or "unbiased": one of the classes left out is drawn for all of them
+    max_error: float  # e: sum ||dz - dz'||_1 <= e * sum ||dz||_1
+    seed: int  # of "unbiased"; 0 else
+
+    @property
+    def is_unbiased(self) -> bool:
+        """Whether a class is drawn for those that are left out."""
+        return self.mode == "unbiased"
+
+
+class Entries(NamedTuple):
+    """Rows of d(logprob) / d(linear output) as lists, kept from forward to backward."""
+
+    ids: Tensor  # [N, K] int64 classes, ascending; -1 pads the end
+    # [N, K] fp32 (fp64 for fp64 inputs): s * (1[y] - p), at the target -s * expm1(logprob), with
+    # s = d(logit) / d(linear output) of the class (scale, temperature, softcap); 0 where padded.
+    derivative: Tensor
+    is_dense: Tensor  # [N] bool: the row has no list (all -1), its logits are computed again
+
+
+class SparsePolicyLoss(NamedTuple):
+    """PolicyLoss of a sparse gradient, and what the gradient lacks."""
+
+    loss: Tensor  # [] fp32 (fp64 for fp64 inputs); the only differentiable field
+    logprob: Tensor  # [...] log-probability of the target, nat
+    lse: Tensor  # [...] log-sum-exp of the transformed logits
+    advantage: Tensor  # [...] as used: given, or clamp(teacher_logprob - logprob)
+    ratio: Tensor  # [...] exp(logprob - old_logprob); 1 without old_logprob
+    is_clipped: Tensor  # [...] bool: the clipped branch is strictly smaller, no gradient
+    dropped_mass: Tensor  # [...] fp32 probability of the classes without an entry in the gradient
+    gradient_error: Tensor  # [] fp32 bound that was reached, <= max_gradient_error
+
+
+class SparseLinearLogprob(NamedTuple):
+    """LinearLogprob of a sparse gradient, and what the gradient lacks."""
+
+    logprob: Tensor  # [...] log-probability of the target, nat; the only differentiable field
+    lse: Tensor  # [...] log-sum-exp of the transformed logits
+    entropy: Tensor  # [...] nat; [0] unless needs_entropy
+    dropped_mass: Tensor  # [...] fp32 probability of the classes without an entry in the gradient
+    gradient_error: Tensor  # [] fp32 bound of every row, <= max_gradient_error
+
+
 class LinearDivergence(NamedTuple):
     """Per-token divergence of student and teacher; fp32 (fp64 for fp64 inputs), 0 where ignored."""
 
     divergence: Tensor  # [...] token_weight * divergence, nat; the only differentiable field
     lse: Tensor  # [...] log-sum-exp of the student's transformed logits
     teacher_lse: Tensor  # [...] of the teacher's; top-k: log of the mass that the ids hold
+
+
+class SparseDivergence(NamedTuple):
+    """LinearDivergence of a sparse gradient, and what the gradient lacks."""
+
+    divergence: Tensor  # [...] token_weight * divergence, nat; the only differentiable field
+    lse: Tensor  # [...] log-sum-exp of the student's transformed logits
+    teacher_lse: Tensor  # [...] log of the mass that the ids hold
+    dropped_mass: Tensor  # [...] fp32 probability of the classes without an entry in the gradient
+    gradient_error: Tensor  # [] fp32 bound that was reached, <= max_gradient_error
 
 
 class ReverseKLAdvantage(NamedTuple):

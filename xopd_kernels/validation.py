@@ -4,6 +4,7 @@ Only metadata is read here, so the checks cost no device synchronisation and tra
 torch.compile. Values of `target` are checked inside the operators (see `check_target_range`).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from xopd_kernels.backend import Backend, BackendChoice
-from xopd_kernels.records import Transform
+from xopd_kernels.records import Sparsity, Transform
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # 1 - beta is rounded to fp32; nearer to 1 little of it would be left.
@@ -115,6 +116,51 @@ def check_index(ignore_index: int) -> None:
         raise TypeError(f"ignore_index must be an int, got {kind}: {ignore_index!r}")
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must fit 64 bits, got {ignore_index}")
+
+
+def check_sparsity(
+    gradient: str,
+    max_gradient_error: float | None,
+    gradient_seed: int | None = None,
+    modes: tuple[str, ...] = ("exact", "sparse"),
+    vocab_group: str = "",
+) -> Sparsity | None:
+    """What a call may leave out of its gradient, None for "exact"; raises unless it is clear."""
+    if gradient not in modes:
+        names = " or ".join(f'"{mode}"' for mode in modes)
+        raise ValueError(f"gradient must be {names}, got {gradient!r}")
+    if (gradient == "unbiased") != (gradient_seed is not None):
+        raise ValueError(
+            f'gradient_seed must be an int with gradient="unbiased" and is for nothing else, got '
+            f'{gradient_seed!r} with gradient="{gradient}"'
+        )
+    if gradient == "exact":
+        if max_gradient_error is not None:
+            raise ValueError(
+                f'max_gradient_error must be None with gradient="exact", got '
+                f'{max_gradient_error!r}; it bounds what gradient="sparse" leaves out'
+            )
+        return None
+    if max_gradient_error is None:
+        raise ValueError(
+            f'max_gradient_error must be given with gradient="{gradient}": the part of the '
+            "gradient of the logits that may be left out, for example 0.01"
+        )
+    check_number("max_gradient_error", max_gradient_error)
+    if not 0.0 <= max_gradient_error < math.inf:
+        raise ValueError(f"max_gradient_error must be finite and >= 0, got {max_gradient_error}")
+    if vocab_group:
+        raise ValueError(
+            f'gradient="{gradient}" takes a whole weight, got one that is sharded over its '
+            'vocabulary (vocab_group); use gradient="exact"'
+        )
+    if gradient_seed is not None:
+        if isinstance(gradient_seed, bool) or not isinstance(gradient_seed, int):
+            kind = type(gradient_seed).__name__
+            raise TypeError(f"gradient_seed must be an int, got {kind}: {gradient_seed!r}")
+        if not -(2**63) <= gradient_seed < 2**63:
+            raise ValueError(f"gradient_seed must fit 64 bits, got {gradient_seed}")
+    return Sparsity(gradient, float(max_gradient_error), gradient_seed or 0)
 
 
 def check_group(vocab_group: ProcessGroup | None) -> None:

@@ -14,6 +14,9 @@ from xopd_kernels.records import Wanted
 NATIVE_TILE_CLASSES = 1008
 NATIVE_TILE_ELEMENTS = 2**20
 
+LIST_BYTES = 40 * 2**20  # of all lists of a sparse gradient that exist at one time
+MIN_LIST, LIST_SHARE = 64, 32  # a list names at most max(64, V / 32) classes
+
 
 class Operator(enum.Enum):
     """The operators whose memory can be planned."""
@@ -39,12 +42,28 @@ class Workload(NamedTuple):
     has_softcap: bool = False
     needs_entropy: bool = False
     adds_to_main_grad: bool = False  # LOGPROB with an fp32 main_grad; others: main_grad_ahead
+    is_sparse: bool = False  # gradient="sparse" or "unbiased"
 
     @classmethod
     def of(cls, operator: Operator, hidden: Tensor, weight: Tensor, wanted: Wanted) -> "Workload":
         """The workload of hidden [N, D] and weight [V, D]."""
         rows, dim = hidden.shape
         return cls(operator, rows, weight.shape[0], dim, hidden.dtype, wanted)
+
+    @property
+    def list_entry_bytes(self) -> int:
+        """A class number, its probability, and what the rule needs to decide about it."""
+        return 8 + 4 * self.arithmetic.itemsize
+
+    def list_length(self, rows: int) -> int:
+        """K of the lists of `rows` rows: at most max(64, V/32) and V, and LIST_BYTES in all.
+
+        `rows` are those of a chunk where the gradient is computed ahead, all N of LOGPROB, whose
+        lists wait for the backward pass. A teacher's ids (TOPK_DIVERGENCE) are not among the K.
+        """
+        fitting = LIST_BYTES // (max(1, rows) * self.list_entry_bytes)
+        most = max(MIN_LIST, self.vocab_size // LIST_SHARE)
+        return max(1, min(self.vocab_size, most, fitting))
 
     @property
     def has_gradient(self) -> bool:

@@ -72,7 +72,7 @@ def policy_loss_arguments(**changes):
         ({"clip_low": -0.1}, ValueError, r"clip_low must be >= 0, got -0.1"),
         ({"clip_high": math.nan}, ValueError, r"clip_high must be >= 0, got nan"),
         ({"advantage_clamp": 0.0}, ValueError, r"advantage_clamp must be > 0, got 0.0"),
-        ({"gradient": "sparse"}, ValueError, r"gradient must be \"exact\", got 'sparse'"),
+        ({"gradient": "dense"}, ValueError, 'gradient must be "exact" or "sparse"'),
         ({"weight": torch.zeros(5, 3)}, ValueError, r"hidden \[3, 4\] and weight \[5, 3\]"),
         ({"target": torch.tensor([0, 5, 1])}, ValueError, r"target must lie in \[0, 5\)"),
         ({"temperature": math.nan}, ValueError, r"temperature must be finite and > 0"),

@@ -25,6 +25,7 @@ from xopd_kernels.records import GradientSink, Head, HeadGradient
 from xopd_kernels.validation import check_target_range
 
 Write = Callable[[slice, Tensor], None]  # (tile, out [rows, T])
+AddTo = Callable[[slice, Tensor], None]  # (tile, fp32 sum [T, D] before it is rounded)
 
 
 class Model(NamedTuple):
@@ -144,7 +145,8 @@ class GradientSum(NamedTuple):
                 total = out
             elif not is_one_chunk:
                 total = weight.new_empty(weight.shape, dtype=fp32)
-        is_rounded = total is None and out is not None and isinstance(model.gemms, Fp32Gemms)
+        is_rounded = total is None and out is not None
+        is_rounded &= isinstance(model.gemms, Fp32Gemms) or call.work.is_sparse
         return cls(
             call,
             model,
@@ -171,10 +173,13 @@ class GradientSum(NamedTuple):
         words = words.view(torch.float32)
         return Store(words.view(-1), words.shape[1]), rows
 
-    def add(self, chunk: Chunk, alive: Tensor | None, write: Write) -> None:
+    def add(
+        self, chunk: Chunk, alive: Tensor | None, write: Write, add_to: AddTo | None = None
+    ) -> None:
         """Add a chunk; `write(tile, out)` fills d(loss)/d(linear output) [rows, T] of a tile.
 
-        `alive` [rows] int64: the rows that `write` fills; None: all of the chunk.
+        `alive` [rows] int64: the rows that `write` fills; None: all of the chunk. `add_to` adds to
+        each tile of d_weight what does not come from these rows.
         """
         hidden = chunk.hidden if alive is None else chunk.hidden[alive]
         fp32 = hidden.new_empty(0, dtype=torch.float32)
@@ -186,6 +191,8 @@ class GradientSum(NamedTuple):
             d_hidden = self.hidden[chunk.part] if is_direct else fp32.new_zeros(hidden.shape)
         is_first, is_last = chunk.part.start == 0, chunk.part.stop == self.live.live
         rounded = None if self.total is None or self.total is self.weight else self.weight
+        # What else is added to a tile of d_weight comes before its one rounding.
+        unrounded = add_to is not None and self.total is None
         gemms = self.model.gemms.gradient(hidden, self.d_tile)
         buffer = fp32.new_empty(len(hidden) * self.model.step)
         for tile in self.model.tiles():
@@ -193,7 +200,12 @@ class GradientSum(NamedTuple):
             d_logit = buffer[: len(hidden) * count].view(len(hidden), count)
             write(tile, d_logit)
             to, is_added = self._weight_of(tile, is_first)
-            gemms.add(tile, d_logit, d_hidden, to, is_added)
+            out = self.d_tile[:count] if to is not None and unrounded else to
+            gemms.add(tile, d_logit, d_hidden, out, is_added)
+            if out is not None and to is not None and add_to is not None:
+                add_to(tile, out)
+                if out is not to:
+                    to.copy_(out)
             if is_last and to is not None and rounded is not None:
                 rounded[tile] = to
             if self.bias is not None:

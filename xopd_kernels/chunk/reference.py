@@ -238,10 +238,18 @@ class GradientSum(NamedTuple):
             out_dtype,
         )
 
-    def add(self, part: slice, hidden: Tensor, d_logit: Tensor, alive: Tensor | None) -> None:
+    def add(
+        self,
+        part: slice,
+        hidden: Tensor,
+        d_logit: Tensor,
+        alive: Tensor | None,
+        shared: Tensor | None = None,
+    ) -> None:
         """Add a chunk; `d_logit` [rows, V] is scaled in place to d(linear output).
 
-        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`.
+        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`. `shared` [D]:
+        what is taken off the weight's rows for d_hidden, see `chunk.sparse.shared_row`.
         """
         logits = self.logits
         if logits.slope is not None:
@@ -254,6 +262,8 @@ class GradientSum(NamedTuple):
             d_hidden = torch.zeros_like(hidden)
             for classes, tile in logits.weight_tiles():
                 d_hidden.addmm_(d_logit[:, classes], tile)
+            if shared is not None:
+                d_hidden.addr_(d_logit.sum(1), shared.to(d_hidden.dtype), alpha=-1)
             rows = self.live.rows(part, alive)
             self.hidden[rows] = logits.call.shard.sum_(d_hidden).to(self.hidden.dtype)
         if self.weight is not None and part.start == 0 and self.sink.main_grad is None:

@@ -27,6 +27,9 @@ class AheadOfTime(NamedTuple):
     token_weight: Tensor | None  # [N]; rows of weight 0 have no gradient
     wanted: Wanted
     recompute: Recompute
+    # Whether d_hidden may be scaled row by row. What a sparse gradient leaves out of a row is small
+    # beside all rows, not beside others than those that the rule has seen.
+    is_by_rows: bool = True
 
     def scaled(self, upstream: Tensor) -> Triple:
         """The gradients for `upstream` [N], as copies.
@@ -36,7 +39,7 @@ class AheadOfTime(NamedTuple):
         and the logits are computed again.
         """
         d_hidden, d_weight, d_bias = self.gradients
-        if not (self.wanted.weight or self.wanted.bias):
+        if self.is_by_rows and not (self.wanted.weight or self.wanted.bias):
             scaled = d_hidden * self._live(upstream)[:, None]
             return scaled.to(d_hidden.dtype), d_weight.clone(), d_bias.clone()
         factor = self._common_factor(upstream)
@@ -47,7 +50,7 @@ class AheadOfTime(NamedTuple):
 
     def scaled_in_place(self, upstream: Tensor) -> Triple:
         """As `scaled`, over the gradients themselves: a copy of d_weight is gigabytes."""
-        if not (self.wanted.weight or self.wanted.bias):
+        if self.is_by_rows and not (self.wanted.weight or self.wanted.bias):
             self.gradients[0].mul_(self._live(upstream)[:, None])
             return self.gradients
         factor = self._common_factor(upstream)
@@ -91,6 +94,7 @@ class RowOperator(NamedTuple):
 
     run: Run
     tensors: int  # how many of its arguments are tensors; token_weight is the last of them
+    is_sparse: bool = False  # its gradients are, see AheadOfTime.is_by_rows
 
     def forward(
         self,
@@ -128,15 +132,15 @@ class RowOperator(NamedTuple):
             sink = GradientSink(keeps_fp32=is_kept)
             return self.run((*tensors[:-1], token_weight), scalars, wanted, sink)[1]
 
-        return AheadOfTime(gradients, tensors[-1], wanted, recompute)
+        return AheadOfTime(gradients, tensors[-1], wanted, recompute, not self.is_sparse)
 
     def register_autograd(self, operator: Any, backward_operator: Any) -> None:
         """Connect the two operators."""
 
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             # Else autograd fills zeros for the outputs nobody reads: d_weight is one of them.
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*output[3:], *inputs[: self.tensors])
+            ctx.save_for_backward(*output[-3:], *inputs[: self.tensors])
             ctx.main_grad, *ctx.scalars = inputs[self.tensors :]
 
         def backward(ctx: Any, upstream: Tensor | None, *unread: None) -> tuple[Any, ...]:

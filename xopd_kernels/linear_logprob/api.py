@@ -1,5 +1,8 @@
 """linear_logprob: the per-token log-probability of a linear head, without the logits."""
 
+from typing import Literal, overload
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -11,8 +14,49 @@ from xopd_kernels.inputs import (
     wanted_gradients,
 )
 from xopd_kernels.linear_logprob.op import linear_logprob_op
-from xopd_kernels.records import LinearLogprob, Transform
-from xopd_kernels.validation import check_index
+from xopd_kernels.linear_logprob.sparse_op import linear_logprob_sparse_op
+from xopd_kernels.records import LinearLogprob, SparseLinearLogprob, Transform
+from xopd_kernels.validation import check_index, check_sparsity
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    needs_entropy: bool = False,
+    vocab_group: ProcessGroup | None = None,
+    gradient: Literal["exact"] = "exact",
+    max_gradient_error: None = None,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> LinearLogprob: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    needs_entropy: bool = False,
+    vocab_group: ProcessGroup | None = None,
+    gradient: Literal["sparse"],
+    max_gradient_error: float,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> SparseLinearLogprob: ...
 
 
 def linear_logprob(
@@ -27,9 +71,11 @@ def linear_logprob(
     ignore_index: int = -100,
     needs_entropy: bool = False,
     vocab_group: ProcessGroup | None = None,
+    gradient: Literal["exact", "sparse"] = "exact",
+    max_gradient_error: float | None = None,
     memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
-) -> LinearLogprob:
+) -> LinearLogprob | SparseLinearLogprob:
     """Log-probability of `target` under softmax of a linear head, differentiable.
 
     ``logprob = z[target] - lse``, ``lse = log sum exp z``, ``entropy = -sum p log p`` with
@@ -52,6 +98,12 @@ def linear_logprob(
         vocab_group: ranks that hold contiguous row shards of one weight, in rank order. hidden
             and target must be equal on all of them; d_hidden is summed over them. A DTensor
             weight sharded on dim 0 brings its group along if hidden is a replicated DTensor.
+        gradient: "exact", or "sparse": the gradient of a row comes from a list of its likeliest
+            classes that waits for the backward pass, so that logits are computed again only where
+            the list lacks too much. Not with `vocab_group`.
+        max_gradient_error: e >= 0; with "sparse" only, which needs it. Of every row
+            ``||dz - dz'||_1 <= e * ||dz||_1``, dz the gradient of the transformed logits and dz'
+            the one that is used, whatever the upstream gradient. e = 0 leaves out nothing.
         memory_budget_bytes: bound of the workspace (not of the gradients and of the fp32 sum of
             d_weight), see `memory_plan`; None: 48 MiB on a CPU, 640 MB on a CUDA device. It decides
             how many rows are computed at a time; the least one that is accepted is slow.
@@ -61,6 +113,10 @@ def linear_logprob(
         LinearLogprob(logprob [...], lse [...], entropy [...] or [0]) in nat, fp32 (fp64 for fp64
         inputs). All three are differentiable with respect to hidden, weight and bias; the
         backward recomputes the logits: 4U in all, U = 2 N V D. `linear_policy_loss` costs 3U.
+        With "sparse" SparseLinearLogprob, whose logprob alone is differentiable (1U, and the rest
+        for the share of rows that stays dense). It adds dropped_mass [...] fp32, the probability
+        of the classes without an entry in the gradient (0 for ignored and dense rows), and
+        gradient_error [] fp32, the bound that the worst row reached.
 
     Numerics: fp32 logits and sums, d_weight accumulates in fp32, bitwise repeatable. Under
     autocast hidden, weight and bias are cast to its dtype, as F.linear would.
@@ -86,18 +142,43 @@ def linear_logprob(
     x = prepare_head(hidden, weight, bias, transform, vocab_group)
     if not isinstance(needs_entropy, bool):
         raise TypeError(f"needs_entropy must be a bool, got {needs_entropy!r}")
-    logprob, lse, entropy = linear_logprob_op(
+    sparsity = check_sparsity(gradient, max_gradient_error, vocab_group=x.vocab_group)
+    flat_target, has_gradient = prepare_target(target, hidden), any(wanted_gradients(*x[:3]))
+    if sparsity is not None and has_gradient:
+        logprob, lse, entropy, dropped, error, _, _, _ = linear_logprob_sparse_op(
+            *x[:3],
+            flat_target,
+            x.main_grad,
+            *x.scalars,
+            ignore_index,
+            needs_entropy,
+            sparsity.max_error,
+            memory_budget_bytes,
+            backend_name,
+        )
+        rows = (logprob, lse.detach(), entropy.detach(), dropped.detach())
+        shaped = _shaped(rows, x.shape, needs_entropy)
+        return SparseLinearLogprob._make([*shaped, error.detach()])
+    results = linear_logprob_op(
         *x[:3],
-        prepare_target(target, hidden),
+        flat_target,
         x.main_grad,
         *x.scalars,
         x.vocab_group,
         ignore_index,
         needs_entropy,
-        any(wanted_gradients(*x[:3])),
+        has_gradient,
         memory_budget_bytes,
         backend_name,
     )
-    if needs_entropy:
-        entropy = entropy.view(x.shape)
-    return LinearLogprob(logprob.view(x.shape), lse.view(x.shape), entropy)
+    logprob, lse, entropy = _shaped(results, x.shape, needs_entropy)
+    if sparsity is None:
+        return LinearLogprob(logprob, lse, entropy)
+    nothing = torch.zeros_like(logprob, dtype=torch.float32)  # without a gradient
+    return SparseLinearLogprob(logprob, lse, entropy, nothing, nothing.new_zeros(()))
+
+
+def _shaped(rows: tuple[Tensor, ...], shape: torch.Size, needs_entropy: bool) -> list[Tensor]:
+    """The values [N] in the shape of the tokens; the third one, the entropy, if there is one."""
+    is_given = (True, True, needs_entropy, True)
+    return [row.view(shape) if given else row for row, given in zip(rows, is_given, strict=False)]

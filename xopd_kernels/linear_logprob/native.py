@@ -42,12 +42,14 @@ def backward(
     entropy = live.take_any(entropy)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
         stats = softmax.forward(chunk)
-        terms = _terms(stats, LinearLogprob(*(x[chunk.part] for x in up)), entropy[chunk.part])
+        terms = gradient_terms(
+            stats, LinearLogprob(*(x[chunk.part] for x in up)), entropy[chunk.part]
+        )
         gradient.add(chunk, None, write_softmax_gradient(softmax.model, chunk, None, terms))
     return gradient.result()
 
 
-def _terms(stats: Stats, up: LinearLogprob, entropy: Tensor) -> GradientTerms:
+def gradient_terms(stats: Stats, up: LinearLogprob, entropy: Tensor) -> GradientTerms:
     """d_logit = g (1[y] - p) + g_lse p - g_entropy p (log p + entropy); see `logit_gradient_`."""
     log_p_target = stats.logprob.clamp(min=LOG_ZERO)
     coefficient = (up.lse - up.logprob).double()

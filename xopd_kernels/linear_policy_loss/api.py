@@ -1,6 +1,6 @@
 """linear_policy_loss: the clipped policy-gradient loss of a linear head at the cost of 3 GEMMs."""
 
-from typing import Literal
+from typing import Literal, overload
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -15,8 +15,72 @@ from xopd_kernels.inputs import (
     wanted_gradients,
 )
 from xopd_kernels.linear_policy_loss.op import linear_policy_loss_op, run
-from xopd_kernels.records import PolicyLoss, Transform
-from xopd_kernels.validation import check_clamp, check_index, check_number, check_per_token
+from xopd_kernels.linear_policy_loss.sparse_op import linear_policy_loss_sparse_op
+from xopd_kernels.linear_policy_loss.sparse_op import run as run_sparse
+from xopd_kernels.records import PolicyLoss, SparsePolicyLoss, Transform
+from xopd_kernels.validation import (
+    check_clamp,
+    check_index,
+    check_number,
+    check_per_token,
+    check_sparsity,
+)
+
+
+@overload
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    teacher_logprob: Tensor | None = None,
+    advantage: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    advantage_clamp: float = 10.0,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    vocab_group: ProcessGroup | None = None,
+    gradient: Literal["exact"] = "exact",
+    max_gradient_error: None = None,
+    gradient_seed: None = None,
+    main_grad_ahead: bool = False,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> PolicyLoss: ...
+
+
+@overload
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    teacher_logprob: Tensor | None = None,
+    advantage: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    advantage_clamp: float = 10.0,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    vocab_group: ProcessGroup | None = None,
+    gradient: Literal["sparse", "unbiased"],
+    max_gradient_error: float,
+    gradient_seed: int | None = None,
+    main_grad_ahead: bool = False,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> SparsePolicyLoss: ...
 
 
 def linear_policy_loss(
@@ -37,11 +101,13 @@ def linear_policy_loss(
     logit_scale: float = 1.0,
     ignore_index: int = -100,
     vocab_group: ProcessGroup | None = None,
-    gradient: Literal["exact"] = "exact",
+    gradient: Literal["exact", "sparse", "unbiased"] = "exact",
+    max_gradient_error: float | None = None,
+    gradient_seed: int | None = None,
     main_grad_ahead: bool = False,
     memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
-) -> PolicyLoss:
+) -> PolicyLoss | SparsePolicyLoss:
     """Clipped policy loss of sampled tokens; the gradients are computed in the forward pass.
 
     ``loss = -sum_i token_weight_i * min(ratio_i * A_i, clip(ratio_i, 1-clip_low, 1+clip_high)
@@ -64,7 +130,17 @@ def linear_policy_loss(
         advantage_clamp: > 0, nat; math.inf for none.
         bias, temperature, softcap, logit_scale, ignore_index, vocab_group,
             memory_budget_bytes, backend: as in `linear_logprob`.
-        gradient: "exact" is the only one.
+        gradient: "exact", or "sparse": about one GEMM in all, as most entries of the gradient of
+            the logits are left out, within `max_gradient_error`. "unbiased": as sparse, and one
+            class that is drawn for each row stands for those left out, so that the expectation of
+            the gradient is exact. Only "exact" takes a `vocab_group`.
+        max_gradient_error: e >= 0; with "sparse" and "unbiased" only, which need it. With the
+            gradients dz_i of the transformed logits and dz'_i as used,
+            ``sum_i ||dz_i - dz'_i||_1 <= e * sum_i ||dz_i||_1``, so d_hidden of a row is off by
+            at most ``||dz_i - dz'_i||_1 * max_v ||W_v||`` (times the slope between linear output
+            and logits). e = 0 leaves out nothing. `chunk.sparse.choose_rows` is the rule.
+        gradient_seed: int, needed by "unbiased": what is drawn is a function of it and of the
+            row's number. Another one for each step.
         main_grad_ahead: add d_weight to ``weight.main_grad`` chunk by chunk in the forward pass, so
             that no [V, D] fp32 tensor waits for the backward pass. A promise: this call has one
             backward pass, in which the upstream gradient of the loss is 1 (factors, also a loss
@@ -76,6 +152,10 @@ def linear_policy_loss(
         PolicyLoss(loss [], logprob, lse, advantage, ratio [...], is_clipped [...] bool), fp32
         (fp64 for fp64 inputs). Only `loss` has a gradient: to hidden, weight and bias. Ignored
         tokens give 0 (False) in every field, and are taken out before the first GEMM.
+        With "sparse" and "unbiased" SparsePolicyLoss, which adds dropped_mass [...] fp32, the
+        probability of the classes without an entry in the gradient (a row left out whole:
+        1 - p_target; 0 for a row that is exact, ignored, or without a gradient), and
+        gradient_error [] fp32, the bound that was reached, from sums that are rounded up.
 
     A < 0 with a ratio that overflows gives a loss of inf, as dense PPO does: the minimum does not
     clip there. Gradients are computed in the forward pass. bf16 ones are rounded there, and once
@@ -83,8 +163,9 @@ def linear_policy_loss(
     wait in fp32, so that the factor of a GradScaler comes before they could underflow.
 
     Cost: 3U with gradients, 2U with a frozen weight or a frozen hidden, 1U without gradients
-    (U = 2 N V D). d_hidden and d_weight are held from forward to backward in the dtypes of their
-    tensors; with a ``main_grad`` d_weight in fp32, or not at all with `main_grad_ahead`.
+    (U = 2 N V D); sparse: 1U, and the rest for the share of rows that stays dense. d_hidden and
+    d_weight are held from forward to backward in the dtypes of their tensors; with a ``main_grad``
+    d_weight in fp32, or not at all with `main_grad_ahead`.
 
     Numerics: fp32 logits, fp32 accumulation of d_weight, bitwise repeatable.
 
@@ -128,7 +209,9 @@ def linear_policy_loss(
     if (teacher_logprob is None) == (advantage is None):
         count = "neither" if advantage is None else "both"
         raise ValueError(f"exactly one of teacher_logprob and advantage must be given, got {count}")
-    _check_scalars(clip_low, clip_high, advantage_clamp, gradient)
+    _check_scalars(clip_low, clip_high, advantage_clamp)
+    modes = ("exact", "sparse", "unbiased")
+    sparsity = check_sparsity(gradient, max_gradient_error, gradient_seed, modes, x.vocab_group)
     # Constants: without detach the loss would ask for a gradient that nobody computes.
     terms = (None if value is None else value.detach().reshape(-1) for _, value in per_token)
     tensors = (*x[:3], flat_target, *terms)
@@ -136,6 +219,15 @@ def linear_policy_loss(
     options = (x.vocab_group, ignore_index, memory_budget_bytes, backend_name)
     scalars, wanted = (*bounds, *x.scalars, *options), wanted_gradients(*x[:3])
     main_grad = main_grad_to_add_ahead(x, main_grad_ahead)
+    if sparsity is not None:
+        every = (*scalars, *sparsity)
+        if main_grad is not None:
+            loss, *rows, error = compute_ahead(run_sparse, tensors, every, wanted, main_grad)
+        else:
+            results = linear_policy_loss_sparse_op(*tensors, x.main_grad, *every, *wanted)
+            loss, *rows, error = results[:8]
+        shaped = (row.detach().view(x.shape) for row in rows)
+        return SparsePolicyLoss._make([loss, *shaped, error.detach()])
     if main_grad is not None:
         loss, *rows = compute_ahead(run, tensors, scalars, wanted, main_grad)
     else:
@@ -143,13 +235,9 @@ def linear_policy_loss(
     return PolicyLoss(loss, *(row.detach().view(x.shape) for row in rows))
 
 
-def _check_scalars(
-    clip_low: float, clip_high: float, advantage_clamp: float, gradient: str
-) -> None:
+def _check_scalars(clip_low: float, clip_high: float, advantage_clamp: float) -> None:
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high)):
         check_number(name, value)
         if not value >= 0:  # a NaN fails, too
             raise ValueError(f"{name} must be >= 0, got {value}")
     check_clamp(advantage_clamp)
-    if gradient != "exact":
-        raise ValueError(f'gradient must be "exact", got {gradient!r}')

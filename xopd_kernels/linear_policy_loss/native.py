@@ -35,14 +35,14 @@ def forward(
         rows.put(chunk.part, stats.logprob, stats.lse, token)
         if call.work.has_gradient:
             alive = alive_rows(token.coefficient)
-            of_logit = _gradient_terms(stats, token.coefficient, alive)
+            of_logit = gradient_terms(stats, token.coefficient, alive)
             write = write_softmax_gradient(softmax.model, chunk, alive, of_logit)
             gradient.add(chunk, alive, write)
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
     return result, gradient.result()
 
 
-def _gradient_terms(stats: Stats, coefficient: Tensor, alive: Tensor | None) -> GradientTerms:
+def gradient_terms(stats: Stats, coefficient: Tensor, alive: Tensor | None) -> GradientTerms:
     """d_logit = c * (1[y] - p) of the rows alive; 1 - p = -expm1(log p)."""
     at_target = -coefficient * stats.logprob.expm1()
     alpha = (-coefficient / stats.total).float()

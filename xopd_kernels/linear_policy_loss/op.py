@@ -4,7 +4,7 @@ The forward operator computes the gradients that will be read and hands them out
 backward pass multiplies them by the upstream gradient. Backends load when an operator runs.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,25 @@ from xopd_kernels.workload import Operator, Workload
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def run(
-    tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, sink: GradientSink
-) -> tuple[PolicyLoss, HeadGradient]:
-    """The forward pass of the tensors and the scalars of the schema."""
+class Prepared(NamedTuple):
+    """What the tensors and scalars of the schema mean to a backend."""
+
+    backend: Backend
+    call: Call
+    hidden: Tensor
+    target: Tensor
+    terms: PolicyTerms
+    ignore_index: int
+
+
+def prepare(
+    tensors: Tensors,
+    scalars: tuple[Any, ...],
+    wanted: Wanted,
+    sink: GradientSink,
+    is_sparse: bool = False,
+) -> Prepared:
+    """The backend that is chosen, and the arguments of its functions."""
     hidden, weight, bias, target, teacher_logprob, advantage, old_logprob, token_weight = tensors
     if hidden is None or weight is None or target is None:
         raise TypeError("hidden, weight and target must be tensors")
@@ -39,16 +54,25 @@ def run(
     work = Workload.of(Operator.POLICY_LOSS, hidden, weight, wanted)._replace(
         has_softcap=softcap is not None,
         adds_to_main_grad=sink.main_grad is not None,
+        is_sparse=is_sparse,
     )
     chosen = resolve(backend, hidden.device, hidden.dtype)
     call = Call.of(head, work, chosen, budget)
-    if chosen is Backend.TRITON:
+    return Prepared(chosen, call, hidden, target, terms, ignore_index)
+
+
+def run(
+    tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, sink: GradientSink
+) -> tuple[PolicyLoss, HeadGradient]:
+    """The forward pass of the tensors and the scalars of the schema."""
+    given = prepare(tensors, scalars, wanted, sink)
+    if given.backend is Backend.TRITON:
         from xopd_kernels.linear_policy_loss.triton import forward
-    elif chosen is Backend.NATIVE:
+    elif given.backend is Backend.NATIVE:
         from xopd_kernels.linear_policy_loss.native import forward
     else:
         from xopd_kernels.linear_policy_loss.reference import forward
-    return forward(call, hidden, target, terms, ignore_index, sink)
+    return forward(*given[1:], sink)
 
 
 @torch.library.custom_op("xopd_kernels::linear_policy_loss", mutates_args=())

@@ -20,7 +20,7 @@ from xopd_kernels.target import device_guard
 from xopd_kernels.tile.token_loss import policy_kernel
 
 
-class _Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """Per-token results [N] fp32 in live order; dead rows are 0. The planes of policy_kernel."""
 
     loss: Tensor
@@ -49,8 +49,8 @@ def forward(
     live = DeviceRows.of(is_live, call.step)
     pipeline = ChunkPipeline.of(call, target, live)
     terms = terms.map(lambda values: live.take(values).float())
-    out = hidden.new_zeros(len(_Rows._fields), len(target), dtype=torch.float32)
-    rows = _Rows(*out)
+    out = hidden.new_zeros(len(TokenRows._fields), len(target), dtype=torch.float32)
+    rows = TokenRows(*out)
     logits = pipeline.empty_logits() if call.work.has_gradient else None
     gradient = GradientSum.of(pipeline, hidden, sink)
     statistics = RowStatistics(rows.logprob, rows.lse, rows.maximum, rows.total, None)
@@ -61,7 +61,7 @@ def forward(
             partial = run_scoring(pipeline, chunk, part, live_count, has_moment=False)
         else:
             partial = pipeline.run_logits(chunk, part, live_count, logits, has_moment=False)
-        _run_policy(partial, pipeline.target_logit[part], live_count, terms, out, part)
+        run_policy(partial, pipeline.target_logit[part], live_count, terms, out, part)
         if logits is not None:
             alive = Alive.of(rows.coefficient[part])
             d_logit = pipeline.run_gradient(logits, part, alive, statistics, upstream)
@@ -72,7 +72,7 @@ def forward(
     return result, gradient.result()
 
 
-def _run_policy(
+def run_policy(
     partial: Tensor,
     target_logit: Tensor,
     live_count: Tensor,

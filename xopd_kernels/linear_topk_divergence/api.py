@@ -1,6 +1,6 @@
 """linear_topk_divergence: a linear head against the top-k log-probs of a teacher, at 3U."""
 
-from typing import Literal
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,8 +15,54 @@ from xopd_kernels.inputs import (
     wanted_gradients,
 )
 from xopd_kernels.linear_topk_divergence.op import linear_topk_divergence_op, run
-from xopd_kernels.records import LinearDivergence, Transform
-from xopd_kernels.validation import check_beta, check_per_token
+from xopd_kernels.linear_topk_divergence.sparse_op import linear_topk_divergence_sparse_op
+from xopd_kernels.linear_topk_divergence.sparse_op import run as run_sparse
+from xopd_kernels.records import LinearDivergence, SparseDivergence, Transform
+from xopd_kernels.validation import check_beta, check_per_token, check_sparsity
+
+
+@overload
+def linear_topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprob: Tensor,
+    *,
+    beta: float = 1.0,
+    tail: Literal["bucket", "ignore"] = "bucket",
+    token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    gradient: Literal["exact"] = "exact",
+    max_gradient_error: None = None,
+    main_grad_ahead: bool = False,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> LinearDivergence: ...
+
+
+@overload
+def linear_topk_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    teacher_ids: Tensor,
+    teacher_logprob: Tensor,
+    *,
+    beta: float = 1.0,
+    tail: Literal["bucket", "ignore"] = "bucket",
+    token_weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    gradient: Literal["sparse"],
+    max_gradient_error: float,
+    main_grad_ahead: bool = False,
+    memory_budget_bytes: int | None = None,
+    backend: BackendChoice = "auto",
+) -> SparseDivergence: ...
 
 
 def linear_topk_divergence(
@@ -32,10 +78,12 @@ def linear_topk_divergence(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    gradient: Literal["exact", "sparse"] = "exact",
+    max_gradient_error: float | None = None,
     main_grad_ahead: bool = False,
     memory_budget_bytes: int | None = None,
     backend: BackendChoice = "auto",
-) -> LinearDivergence:
+) -> LinearDivergence | SparseDivergence:
     """Divergence of a student's distribution from what a teacher says of its K likeliest classes.
 
     With the tail as a bucket both distributions have K + 1 classes: the ids, and all others as
@@ -55,12 +103,21 @@ def linear_topk_divergence(
         token_weight: [...] as in `linear_divergence`.
         bias, temperature, softcap, logit_scale, memory_budget_bytes, backend: as in
             `linear_logprob`.
+        gradient: "exact", or "sparse": of the classes besides the ids only those of a list have a
+            gradient, within `max_gradient_error`; for every beta and tail.
+        max_gradient_error: e >= 0; with "sparse" only, which needs it. Of the sum over the tokens
+            ``sum_i ||dz_i - dz'_i||_1 <= e * sum_i ||dz_i||_1``, as in `linear_policy_loss`. Where
+            the upstream gradient differs from token to token, the gradients are computed again,
+            and the bound is that of the weighted sum.
         main_grad_ahead: as in `linear_policy_loss`; every token's upstream gradient is 1 (a sum).
 
     Returns:
         LinearDivergence(divergence, lse, teacher_lse), [...] fp32 (fp64 for fp64 inputs);
         teacher_lse is the log of the mass that the ids hold. Only `divergence` has a gradient: to
-        hidden, weight and bias.
+        hidden, weight and bias. With "sparse" SparseDivergence, which adds dropped_mass [...]
+        fp32, the student's probability of the classes without an entry in the gradient (1: the
+        row is left out whole), and gradient_error [] fp32, the bound that was reached; both are
+        those of upstream gradients of 1.
 
     Cost, numerics and what raises: as `linear_divergence`, 3U. Backend.TRITON takes K <= 256. The
     student's mass outside the ids is summed over the other classes, as 1 - sum p would cancel.
@@ -99,13 +156,24 @@ def linear_topk_divergence(
         None if token_weight is None else token_weight.detach().reshape(-1),
     )
     scalars = (float(beta), tail == "bucket", *x.scalars, memory_budget_bytes, backend_name)
+    sparsity = check_sparsity(gradient, max_gradient_error)
     wanted, main_grad = wanted_gradients(*x[:3]), main_grad_to_add_ahead(x, main_grad_ahead)
+    if sparsity is not None:
+        every = (*scalars, sparsity.max_error)
+        if main_grad is not None:
+            results = compute_ahead(run_sparse, tensors, every, wanted, main_grad)
+        else:
+            operator = linear_topk_divergence_sparse_op
+            results = operator(*tensors, x.main_grad, *every, *wanted)[:5]
+        divergence, *rest, error = results
+        shaped = (row.detach().view(x.shape) for row in rest)
+        return SparseDivergence._make([divergence.view(x.shape), *shaped, error.detach()])
     if main_grad is not None:
         divergence, lse, teacher_lse = compute_ahead(run, tensors, scalars, wanted, main_grad)
     else:
         results = linear_topk_divergence_op(*tensors, x.main_grad, *scalars, *wanted)
         divergence, lse, teacher_lse, _, _, _ = results
-    rows = (lse.detach().view(x.shape), teacher_lse.detach().view(x.shape))
+    rows = (row.detach().view(x.shape) for row in (lse, teacher_lse))
     return LinearDivergence(divergence.view(x.shape), *rows)
 
 

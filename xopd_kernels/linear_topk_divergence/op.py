@@ -4,7 +4,7 @@ The forward operator computes the gradients of the sum over the tokens; the back
 them, or computes them again where the upstream gradient differs from token to token.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +17,25 @@ from xopd_kernels.records import GradientSink, Head, HeadGradient, LinearDiverge
 from xopd_kernels.workload import Operator, Workload
 
 
-def run(
-    tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, sink: GradientSink
-) -> tuple[LinearDivergence, HeadGradient]:
-    """The forward pass of the tensors and the scalars of the schema."""
+class Prepared(NamedTuple):
+    """What the tensors and scalars of the schema mean to a backend."""
+
+    backend: Backend
+    call: Call
+    hidden: Tensor
+    teacher: TopK
+    token_weight: Tensor | None
+    beta: float
+
+
+def prepare(
+    tensors: Tensors,
+    scalars: tuple[Any, ...],
+    wanted: Wanted,
+    sink: GradientSink,
+    is_sparse: bool = False,
+) -> Prepared:
+    """The backend that is chosen, and the arguments of its functions."""
     hidden, weight, bias, teacher_ids, teacher_logprob, token_weight = tensors
     if hidden is None or weight is None or teacher_ids is None or teacher_logprob is None:
         raise TypeError("hidden, weight, teacher_ids and teacher_logprob must be tensors")
@@ -31,16 +46,25 @@ def run(
         top_k=teacher_ids.shape[1],
         has_softcap=softcap is not None,
         adds_to_main_grad=sink.main_grad is not None,
+        is_sparse=is_sparse,
     )
     chosen = resolve(backend, hidden.device, hidden.dtype)
     call = Call.of(head, work, chosen, budget)
-    if chosen is Backend.TRITON:
+    return Prepared(chosen, call, hidden, teacher, token_weight, beta)
+
+
+def run(
+    tensors: Tensors, scalars: tuple[Any, ...], wanted: Wanted, sink: GradientSink
+) -> tuple[LinearDivergence, HeadGradient]:
+    """The forward pass of the tensors and the scalars of the schema."""
+    given = prepare(tensors, scalars, wanted, sink)
+    if given.backend is Backend.TRITON:
         from xopd_kernels.linear_topk_divergence.triton import forward
-    elif chosen is Backend.NATIVE:
+    elif given.backend is Backend.NATIVE:
         from xopd_kernels.linear_topk_divergence.native import forward
     else:
         from xopd_kernels.linear_topk_divergence.reference import forward
-    return forward(call, hidden, teacher, token_weight, beta, sink)
+    return forward(*given[1:], sink)
 
 
 _ROWS = RowOperator(run, tensors=6)

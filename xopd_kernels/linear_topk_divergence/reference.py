@@ -35,36 +35,25 @@ def forward(
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         log_q = live.chunk(teacher.logprob, part).to(call.dtype)
         z = student.fill(chunk_hidden)
-        ids, is_wrong = _usable_ids(live.chunk(teacher.ids, part), z.shape[1])
+        ids, is_wrong = usable_ids(live.chunk(teacher.ids, part), z.shape[1])
         chunk_weight = weight[part].where(~is_wrong, torch.nan)
-        _fill_rows(z, TopK(ids, log_q, teacher.has_tail), chunk_weight, beta, out[:, part])
+        given = TopK(ids, log_q, teacher.has_tail)
+        terms, _ = exponentials_(z, given, chunk_weight, beta)
+        out[0, part], out[1, part], out[2, part] = terms[:3]
+        z.mul_(terms.of_rest[:, None])
+        z.scatter_(1, ids, terms.at_ids)
         if call.work.has_gradient:
             gradient.add(part, chunk_hidden, z, None)
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     return result, gradient.result()
 
 
-def _usable_ids(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+def usable_ids(ids: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
     """(ids that can be read, [rows] bool of those that are wrong): NaN where nothing may raise."""
     ordered = ids.sort(1).values
     is_wrong = (ordered[:, 1:] == ordered[:, :-1]).any(1)
     is_wrong |= (ordered[:, 0] < 0) | (ordered[:, -1] >= vocab_size)
     return ids.clamp(0, vocab_size - 1), is_wrong
-
-
-def _fill_rows(z: Tensor, teacher: TopK, weight: Tensor, beta: float, out: Tensor) -> None:
-    """(divergence, lse, teacher_lse) into `out` [3, rows]; the gradient replaces the logits z.
-
-    The mass of the other classes is summed over them: 1 - sum p would cancel.
-    """
-    at_ids = z.gather(1, teacher.ids)
-    top = z.scatter_(1, teacher.ids, -torch.inf).amax(1)
-    rest = z.sub_(top.where(top != -torch.inf, 0.0)[:, None]).exp_().sum(1)
-    has_rest = teacher.ids.shape[1] < z.shape[1]
-    terms = top_k_terms(at_ids, top, rest, teacher, weight, beta, has_rest)
-    out[0], out[1], out[2] = terms.value, terms.lse, terms.teacher_lse
-    z.mul_(terms.of_rest[:, None])
-    z.scatter_(1, teacher.ids, terms.at_ids)
 
 
 class TopKTerms(NamedTuple):
@@ -75,6 +64,21 @@ class TopKTerms(NamedTuple):
     teacher_lse: Tensor
     of_rest: Tensor
     at_ids: Tensor  # [rows, K]
+    rest_mass: Tensor  # [rows] probability of all classes but the ids
+
+
+def exponentials_(
+    z: Tensor, teacher: TopK, weight: Tensor, beta: float
+) -> tuple[TopKTerms, Tensor]:
+    """The terms of a chunk, and the sum [rows] of what replaces its logits z: exp(z - top).
+
+    0 at the ids. The mass of the other classes is summed over them: 1 - sum p would cancel.
+    """
+    at_ids = z.gather(1, teacher.ids)
+    top = z.scatter_(1, teacher.ids, -torch.inf).amax(1)
+    rest = z.sub_(top.where(top != -torch.inf, 0.0)[:, None]).exp_().sum(1)
+    has_rest = teacher.ids.shape[1] < z.shape[1]
+    return top_k_terms(at_ids, top, rest, teacher, weight, beta, has_rest), rest
 
 
 def top_k_terms(
@@ -115,4 +119,5 @@ def top_k_terms(
         of_rest = of_rest + torch.where(rest > 0, slope[:, -1] / rest, 0.0)
     k = at_ids.shape[1]
     d_ids = (slope[:, :k] - log_p[:, :k].exp() * g[:, None]) * weight[:, None]
-    return TopKTerms(value * weight, maximum + log_total, teacher_lse, of_rest * weight, d_ids)
+    results = (value * weight, maximum + log_total, teacher_lse)
+    return TopKTerms(*results, of_rest * weight, d_ids, rest * top.exp() / total)

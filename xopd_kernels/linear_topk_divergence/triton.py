@@ -35,7 +35,7 @@ def forward(
     """
     count, top_k = teacher.ids.shape
     weight = hidden.new_ones(count) if token_weight is None else token_weight
-    _check_teacher(teacher, weight, len(call.head.weight))
+    check_teacher(teacher, weight, len(call.head.weight))
     live = DeviceRows.of(weight != 0, call.step)
     no_target = torch.zeros(count, dtype=torch.int64, device=hidden.device)
     model = ChunkPipeline.of(call, no_target, live)
@@ -80,7 +80,7 @@ def forward(
     return LinearDivergence(*(live.spread(x) for x in values)), gradient.result()
 
 
-def _check_teacher(teacher: TopK, weight: Tensor, vocab_size: int) -> None:
+def check_teacher(teacher: TopK, weight: Tensor, vocab_size: int) -> None:
     """ValueError if there are too many ids a row, or if a live row on the CPU holds a wrong one."""
     top_k = teacher.ids.shape[1]
     if top_k > MAX_TOP_K:

@@ -51,7 +51,7 @@ def policy_kernel(
     bound,
     BLOCK_N: tl.constexpr,
 ):
-    """Merge the slabs of [rows]; write the fields of linear_policy_loss.triton._Rows to out_ptr.
+    """Merge the slabs of [rows]; write linear_policy_loss.triton.TokenRows to out_ptr.
 
     The fields lie `stride_out` elements apart.
     """

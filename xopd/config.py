@@ -102,6 +102,12 @@ class Config:
                 f"rollout.temperature is {self.rollout.temperature}, and vLLM scores prompts at 1 "
                 "only: set it to 1, or teacher.urls to null"
             )
+        if self.loss.max_gradient_error is not None and self.sharding.vocab_parallel_head:
+            raise ConfigError(
+                f"loss.max_gradient_error is {self.loss.max_gradient_error}, but with "
+                "sharding.vocab_parallel_head no rank sees all classes of a token: set the first "
+                "to null or the second to false"
+            )
         # Each modality is dealt out to minibatches; an empty one would be a step on no data.
         rollouts = self.rollout.prompts_per_step * self.rollout.rollouts_per_prompt
         if self.loss.minibatches > rollouts:

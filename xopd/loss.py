@@ -10,18 +10,19 @@ how the step is cut into micro-batches. ``token_weight`` carries lambda, 1/n_m a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from xopd.config import LossConfig
 from xopd.head import Head, fused_head
 from xopd.models import SpeechLM
-from xopd.scoring import embed, layout, positions, support_bias
+from xopd.scoring import TokenBatch, embed, layout, positions, support_bias
 from xopd.types import Modality, Rollout
-from xopd_kernels import PolicyLoss, linear_policy_loss
+from xopd_kernels import PolicyLoss, SparsePolicyLoss, linear_policy_loss
 from xopd_kernels.backend import BackendChoice
 
 
@@ -75,6 +76,23 @@ class TokenStats:
     logprob: Tensor  # [n] fp32
     advantage: Tensor  # [n] fp32, as used by the loss (clamped, centred if asked)
     is_clipped: Tensor  # [n] bool
+    dropped_mass: Tensor | None = None  # [n] fp32, sparse gradients only
+    gradient_error: float | None = None  # the bound of the whole pass, sparse gradients only
+
+
+class _Given(TypedDict):
+    """What the loss takes with exact gradients and with sparse ones."""
+
+    teacher_logprob: Tensor
+    old_logprob: Tensor | None
+    token_weight: Tensor
+    clip_low: float
+    clip_high: float
+    advantage_clamp: float
+    bias: Tensor | None
+    temperature: float
+    vocab_group: ProcessGroup | None
+    backend: BackendChoice
 
 
 def policy_loss(
@@ -102,34 +120,50 @@ def policy_loss(
     weights = batch.scatter([token_weight(r, sizes, config) for r in rows])
     values = [batch.target, batch.scatter(teacher), weights]
     values += [batch.scatter(old)] if old else []
+    bound = config.max_gradient_error
 
-    def op(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> PolicyLoss:
+    def op(hidden: Tensor, head: Head, values: Sequence[Tensor]) -> PolicyLoss | SparsePolicyLoss:
         target, teacher_logprob, weight_of_token, *old_logprob = values
+        given: _Given = {
+            "teacher_logprob": teacher_logprob,
+            "old_logprob": old_logprob[0] if old_logprob else None,
+            "token_weight": weight_of_token,
+            "clip_low": config.clip_low,
+            "clip_high": config.clip_high,
+            "advantage_clamp": config.advantage_clamp,
+            "bias": support_bias(student, head),
+            "temperature": temperature,
+            "vocab_group": head.group,
+            "backend": backend,
+        }
+        if bound is None:
+            return linear_policy_loss(hidden, head.weight, target, **given)
         return linear_policy_loss(
-            hidden,
-            head.weight,
-            target,
-            teacher_logprob=teacher_logprob,
-            old_logprob=old_logprob[0] if old_logprob else None,
-            token_weight=weight_of_token,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-            advantage_clamp=config.advantage_clamp,
-            bias=support_bias(student, head),
-            temperature=temperature,
-            vocab_group=head.group,
-            backend=backend,
+            hidden, head.weight, target, gradient="sparse", max_gradient_error=bound, **given
         )
 
     is_parallel = student.is_vocab_parallel
     with fused_head(student.model, op, values, is_vocab_parallel=is_parallel):
-        result: PolicyLoss = student.model(
+        result: PolicyLoss | SparsePolicyLoss = student.model(
             inputs_embeds=embed(student, batch), position_ids=positions(batch), use_cache=False
         ).logits
-    fields = (result.logprob, result.advantage, result.is_clipped)
-    columns = [[v.cpu() for v in batch.gather(field.detach())] for field in fields]
-    stats = [
-        TokenStats(row, logprob, advantage, clipped)
-        for row, logprob, advantage, clipped in zip(rows, *columns, strict=True)
+    return result.loss, _token_stats(rows, batch, result)
+
+
+def _token_stats(
+    rows: Sequence[Rollout], batch: TokenBatch, result: PolicyLoss | SparsePolicyLoss
+) -> list[TokenStats]:
+    """What the loss says of each row's tokens, and the bound of the pass where there is one."""
+
+    def by_row(field: Tensor) -> list[Tensor]:
+        return [value.cpu() for value in batch.gather(field.detach())]
+
+    columns = (by_row(result.logprob), by_row(result.advantage), by_row(result.is_clipped))
+    stats = [TokenStats(*found) for found in zip(rows, *columns, strict=True)]
+    if isinstance(result, PolicyLoss):
+        return stats
+    reached = float(result.gradient_error)
+    return [
+        replace(one, dropped_mass=mass, gradient_error=reached)
+        for one, mass in zip(stats, by_row(result.dropped_mass), strict=True)
     ]
-    return result.loss, stats

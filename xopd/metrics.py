@@ -178,6 +178,8 @@ def format_record(record: Mapping[str, object]) -> str:
         parts.append(f"entropy {entropy} nat")
     if clipped := _pair(record, "clip_fraction", 100.0, ".1f"):
         parts.append(f"clipped {clipped} %")
+    if (bound := _number(record, "gradient_error")) is not None:
+        parts.append(f"gradient error {bound:.2g}")
     if length := _pair(record, "length", 1.0, ".1f"):
         parts.append(f"length {length} tok")
     return " | ".join(parts)

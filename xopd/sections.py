@@ -137,6 +137,11 @@ class LossConfig(Section):
     importance_cap: Annotated[float, Range(1.0, 1_000_000.0)] = 2.0
     """Where both are known, each token weighs min(recomputed / engine's probability, this): the
     truncated importance weight of having sampled with the engine's numerics."""
+    max_gradient_error: Annotated[float | None, Range(0.0, 1.0)] = None
+    """What the gradient of the logits may lack, as a share of its 1-norm: a token's gradient then
+    reaches lm_head through the few classes that hold its probability, for about one product with
+    lm_head in place of three; metrics gradient_error and dropped_mass_* say what it came to.
+    What is left out depends on the cut into passes, the bound does not. null: exact."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from xopd.loss import TokenStats
 from xopd.ranks import World
 from xopd.types import Modality
 
+_SUMS = 11  # numbers of each modality
+
 
 def token_metrics(
     world: World, stats: Sequence[TokenStats], importance_cap: float
@@ -22,13 +24,18 @@ def token_metrics(
     mismatch_*, where the engine gave log-probs: mean of engine_logprob - old_logprob, the sampled
     estimate of KL(engine || trainer), for recomputed old log-probs; else the first update's own.
     truncated_*: share of tokens whose importance weight was cut at the cap.
+    With sparse gradients, dropped_mass_*: mean over tokens of the probability of the classes that
+    were left out of the gradient; gradient_error: the largest bound of a pass, hence one of the
+    whole step, ||d_logits - exact||_1 <= gradient_error * ||exact||_1.
     """
     names, cap = list(Modality), importance_cap
     sums = world.total([value for modality in names for value in _sums(stats, modality, cap)])
     record: dict[str, float | int] = {}
-    all_tokens = 0
+    all_tokens, is_sparse = 0, False
     for i, modality in enumerate(names):
-        tokens, rows, kl, logprob, clipped, finished, said, mismatch, cut = sums[9 * i : 9 * i + 9]
+        of_modality = sums[_SUMS * i : _SUMS * (i + 1)]
+        tokens, rows, kl, logprob, clipped, finished, *rest = of_modality
+        said, mismatch, cut, listed, dropped = rest
         all_tokens += int(tokens)
         if rows:
             name = modality.value
@@ -40,15 +47,22 @@ def token_metrics(
         if said:
             record[f"mismatch_{name}"] = mismatch / said
             record[f"truncated_{name}"] = cut / said
+        if listed:
+            is_sparse = True
+            record[f"dropped_mass_{name}"] = dropped / listed
+    if is_sparse:  # all ranks know it from the sums
+        bounds = [s.gradient_error for s in stats if s.gradient_error is not None]
+        record["gradient_error"] = max(max(part) for part in world.gather(bounds) if part)
     return record | {"tokens": all_tokens}
 
 
 def _sums(stats: Sequence[TokenStats], modality: Modality, cap: float) -> list[float]:
     """Tokens, rows, sums over tokens of KL, logprob and clipped, rows that ended; of what the
-    engine gave log-probs for: tokens, sum of the mismatch, tokens at the cap."""
+    engine gave log-probs for: tokens, sum of the mismatch, tokens at the cap; of those with a
+    sparse gradient: tokens, sum of the mass left out."""
     picked = [s for s in stats if s.rollout.modality is modality]
     if not picked:
-        return [0.0] * 9
+        return [0.0] * _SUMS
     logprob = torch.cat([s.logprob for s in picked]).double()
     teacher = torch.cat([_teacher(s) for s in picked]).double()
     clipped = torch.cat([s.is_clipped for s in picked]).double()
@@ -61,7 +75,9 @@ def _sums(stats: Sequence[TokenStats], modality: Modality, cap: float) -> list[f
     cut = float(sum(int((weight >= cap).sum()) for weight in weights))
     said = float(sum(map(len, apart)))
     head = [float(len(logprob)), float(len(picked)), *(float(x) for x in sums), float(finished)]
-    return [*head, said, mismatch, cut]
+    masses = [s.dropped_mass for s in picked if s.dropped_mass is not None]
+    dropped = sum(float(mass.double().sum()) for mass in masses)
+    return [*head, said, mismatch, cut, float(sum(map(len, masses))), dropped]
 
 
 def _own(stats: TokenStats) -> Tensor:

@@ -29,7 +29,8 @@ def update_flops(shape: ModelShape, rows: Sequence[Sampled]) -> float:
     """FLOPs of forward and backward passes over rollouts.
 
     3 sum over rows of T (2 A + 2 L H h T) + n 2 V D: T tokens of prompt and response, n of the
-    response alone, A active parameters without embedding and lm_head.
+    response alone, A active parameters without embedding and lm_head. Sparse gradients count as
+    exact ones: what they save shows as a higher rate.
     """
     total = 0.0
     for row in rows:
@@ -58,6 +59,7 @@ class Usage:
         self._shape, self._world = shape_of(student.model, "student"), world
         self._is_cuda = world.device.type == "cuda"
         self._recomputes = config.sharding.checkpoint_activations
+        self._is_sparse = config.loss.max_gradient_error is not None
         self._peak_flops: float | None = None
         if self._is_cuda:
             self._peak_flops = peak_flops(torch.cuda.get_device_name(world.device), dtype)
@@ -100,7 +102,7 @@ class Usage:
             for rows in passes
         ]
         rows, width = max(sizes, key=lambda size: size[0] * size[1])
-        return UpdateBatch(rows, width, len(passes), self._recomputes)
+        return UpdateBatch(rows, width, len(passes), self._recomputes, self._is_sparse)
 
     def _peak_bytes(self) -> int:
         if self._is_cuda:

@@ -77,6 +77,7 @@ def job_of(args: argparse.Namespace) -> Job:
         recomputes_old=student.experts > 0 if recomputes is None else recomputes,
         checkpoints_activations=args.checkpoint_activations,
         offloads=args.offload,
+        has_sparse_gradient=args.sparse_gradient,
         is_adam_fused=args.fused_adamw,
         teacher_place=TeacherPlace(args.teacher_on),
         rollout_place=RolloutPlace(args.rollouts_on),
@@ -172,6 +173,9 @@ def _add_placement(group: argparse._ArgumentGroup) -> None:
         "--checkpoint-activations", action=flag, default=True, help="recompute layers"
     )
     group.add_argument("--offload", action="store_true", help="weights and moments on the host")
+    group.add_argument(
+        "--sparse-gradient", action="store_true", help="loss.max_gradient_error is a number"
+    )
     group.add_argument("--fused-adamw", action="store_true", help="in place of torch's default")
     group.add_argument(
         "--recompute-old", action=flag, help="old log-probs by the trainer; on for experts"

@@ -44,6 +44,7 @@ class Job:
     recomputes_old: bool = False  # the sampling policy's log-probs by the trainer
     checkpoints_activations: bool = True
     offloads: bool = False  # weights, gradients and moments in host memory
+    has_sparse_gradient: bool = False  # loss.max_gradient_error is a number
     is_adam_fused: bool = False  # else torch's default: foreach on GPUs
     teacher_place: TeacherPlace = TeacherPlace.LOCAL
     rollout_place: RolloutPlace = RolloutPlace.COLOCATED

@@ -29,6 +29,7 @@ class UpdateBatch(NamedTuple):
     width_tokens: int  # T
     passes: int  # micro-batches of the update
     checkpoints_activations: bool = False
+    has_sparse_gradient: bool = False
 
 
 class CpuStep(NamedTuple):
@@ -67,7 +68,8 @@ def planned_cpu_step(shape: ModelShape, batch: UpdateBatch, backend: Backend) ->
     tokens, precision = batch.rows * batch.width_tokens, Precision.FP32
     several = batch.passes > 1
     earlier = FP32 * shape.trained_parameters * several
-    work = HeadWork(tokens, batch.width_tokens, shape.vocabulary, shape.hidden, precision)
+    sizes = (tokens, batch.width_tokens, shape.vocabulary, shape.hidden)
+    work = HeadWork(*sizes, precision, batch.has_sparse_gradient)
     again = batch.checkpoints_activations
     kept = kept_bytes(shape, precision, tokens, checkpoints_activations=again)
     head = 0 if several else FP32 * shape.head_parameters

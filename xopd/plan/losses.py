@@ -34,6 +34,7 @@ class HeadWork(NamedTuple):
     vocabulary: int  # V
     hidden: int  # D
     precision: Precision
+    is_sparse: bool = False  # OURS: the loss with sparse gradients
 
     @property
     def size(self) -> int:
@@ -60,6 +61,8 @@ LOSS_GEMMS = {
     Head.LIGER: HeadGemms(bf16=2, fp32=2, counts_prompts=False),
     Head.OURS: HeadGemms(bf16=3, fp32=0, counts_prompts=False),
 }
+# OURS with sparse gradients where every token has a list; a dense one costs three.
+SPARSE_LOSS_GEMMS = HeadGemms(bf16=1, fp32=0, counts_prompts=False)
 SCORING_GEMMS = {
     Head.NAIVE: HeadGemms(bf16=1, fp32=0, counts_prompts=True),
     Head.LIGER: HeadGemms(bf16=1, fp32=0, counts_prompts=False),
@@ -75,7 +78,7 @@ def loss_bytes(head: Head, work: HeadWork, backend: Backend) -> int:
     LIGER: 20 r c + 4 (r + c) D [a tile of r x c and its products] + 6 V D or (fp32) 4 V D
     [d_weight of a sequence in fp32, and rounded, beside the sum] + N D s [d_hidden twice] +
     gradients.
-    OURS: peak_bytes of `memory_plan`.
+    OURS: peak_bytes of `memory_plan`, with the lists of sparse gradients where there are any.
     """
     if head is Head.NAIVE:
         return work.tokens * work.vocabulary * 4 * 4 + work.gradient_bytes
@@ -111,4 +114,6 @@ def _workload(work: HeadWork, operator: Operator) -> Workload:
     dtype = torch.float32 if work.precision is Precision.FP32 else torch.bfloat16
     is_loss = operator is Operator.POLICY_LOSS
     wanted = Wanted(hidden=is_loss, weight=is_loss, bias=False)
-    return Workload(operator, work.tokens, work.vocabulary, work.hidden, dtype, wanted)
+    sizes = (work.tokens, work.vocabulary, work.hidden)
+    is_sparse = is_loss and work.is_sparse
+    return Workload(operator, *sizes, dtype, wanted, is_sparse=is_sparse)

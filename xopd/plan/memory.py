@@ -180,7 +180,8 @@ class _Parts:
     def of(cls, job: Job) -> _Parts:
         shape, precision, tokens = job.student, job.precision, job.pass_tokens
         again = job.checkpoints_activations
-        work = HeadWork(tokens, job.width_tokens, shape.vocabulary, shape.hidden, precision)
+        sizes = (tokens, job.width_tokens, shape.vocabulary, shape.hidden)
+        work = HeadWork(*sizes, precision, job.has_sparse_gradient)
         return cls(
             gradients=_gradients(job) * (not job.offloads),
             kept=kept_bytes(shape, precision, tokens, checkpoints_activations=again),
@@ -232,7 +233,8 @@ class _Parts:
                 self.loss,
                 "naive: N V (4 + 4 + 4 + 4); Liger: 20 r c + 4 (r + c) D + 6 V D + 2 N D with "
                 "tiles r = min(2048, T), c = 4096; ours: memory_plan(POLICY_LOSS, N, V, D, bf16, "
-                "TRITON); each + d_hidden and d_weight, 2 (N D + V D)",
+                f"TRITON{', with sparse lists' * job.has_sparse_gradient}); each + d_hidden and "
+                "d_weight, 2 (N D + V D)",
             ),
         )
 

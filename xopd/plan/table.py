@@ -93,6 +93,7 @@ def _settings(job: Job) -> str:
         "activation checkpointing": job.checkpoints_activations,
         "CPU offload": job.offloads,
         "fused AdamW": job.is_adam_fused,
+        "sparse gradients of lm_head": job.has_sparse_gradient,
     }
     return ", ".join(["bf16, fp32 master weights", *(name for name, on in used.items() if on)])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xopd.plan.job import Job, RolloutPlace, TeacherPlace
-from xopd.plan.losses import LOSS_GEMMS, SCORING_GEMMS, Head, HeadGemms
+from xopd.plan.losses import LOSS_GEMMS, SCORING_GEMMS, SPARSE_LOSS_GEMMS, Head, HeadGemms
 from xopd.plan.memory import BF16, FP32, Line, same
 from xopd.plan.shape import ModelShape
 
@@ -167,15 +167,16 @@ def _update(job: Job) -> Line:
     forward = tokens * layer_flops(shape, tokens / job.rows) / cluster.ranks / cluster.bf16_flops
     layers = forward * (4 if job.checkpoints_activations else 3)
     traffic = job.passes * _pass_traffic_s(job)
+    gemms, ours = dict(LOSS_GEMMS), "3 U"
+    if job.has_sparse_gradient:
+        gemms[Head.OURS], ours = SPARSE_LOSS_GEMMS, "1 U (sparse; 3 U of a dense token)"
     return Line(
         "update: forward and backward passes",
-        tuple(
-            max(layers + _head_s(job, shape, LOSS_GEMMS[head], tokens), traffic) for head in Head
-        ),
+        tuple(max(layers + _head_s(job, shape, gemms[head], tokens), traffic) for head in Head),
         "max(3 forward passes (4 with checkpointing) + lm_head, passes * (gathering 2 P twice, of "
         "lm_head once, + reducing 4 P)); lm_head: naive 3 U of prompts and responses, Liger 2 U "
         "in bf16 and 2 U in fp32 without tensor cores (torch's default for fp32) of responses, "
-        "ours 3 U of responses",
+        f"ours {ours} of responses",
     )
 
 

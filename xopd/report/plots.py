@@ -138,6 +138,16 @@ _CURVES = (
         (("", "neutral", "grad_norm"),),
     ),
     _Curve(
+        "gradient_error",
+        "Bound on what the gradient lacks",
+        "share of the gradient",
+        "Sparse gradients: the 1-norm of what was left out of the gradient of the logits, at most.",
+        (("", "neutral", "gradient_error"),),
+    ),
+    _Curve(
+        "dropped_mass", "Mass without a gradient", "share", "Mean per token.", _both("dropped_mass")
+    ),
+    _Curve(
         "tokens_per_s",
         "Throughput",
         "response tokens per second",

@@ -105,6 +105,8 @@ smoke: $(VENV)/peers  ## every benchmark on tiny shapes
 	rm -rf build/smoke
 	PYTHON=$(BIN)/python bash benchmarks/gpu.sh build/smoke --smoke
 	$(BIN)/xopd bench report build/smoke/bench.jsonl --plots build/smoke/plots > /dev/null
+	$(BIN)/python -m benchmarks.sparse plot build/smoke/sparse.jsonl --output build/smoke/plots > /dev/null
+	$(BIN)/python -m benchmarks.sparse_training run --smoke
 	$(BIN)/python -m benchmarks.train_step --smoke
 	$(BIN)/python -m pytest -q benchmarks/test_cpu.py --bench-shape 24x16x300 --benchmark-disable
 

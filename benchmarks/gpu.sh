@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one command: tests, the suite, the tile tuner, a short table.
+# Everything that waits for a GPU, in one command: tests, the suite, the tile tuner, the study of
+# sparse gradients, a short table.
 #
 #   bash benchmarks/gpu.sh OUT [WHEELS] [COMMIT]   on a machine with torch, triton, pytest and rich
-#   bash benchmarks/gpu.sh OUT --smoke             the same path on a CPU, in two minutes
+#   bash benchmarks/gpu.sh OUT --smoke             the same path on a CPU, in three minutes
 #
 # WHEELS is a folder of wheels of the peers, installed without a network; COMMIT names the sources
 # where they were copied without their repository. Each call takes less than nine minutes; run it
@@ -18,7 +19,7 @@ mkdir -p "$out"
 
 if [ "$wheels" = --smoke ]; then
   tests=(tests/test_imports.py) tune=(--smoke)
-  bench=(--smoke --device cpu)
+  bench=(--smoke --device cpu) sparse=(--smoke --device cpu)
 else
   "$python" -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"' || exit 1
   [ -z "$wheels" ] || "$python" -m pip install --quiet --no-index --no-deps "$wheels"/*.whl || exit 1
@@ -26,6 +27,7 @@ else
   # What the targets are about, the most telling shape first.
   bench=(--stop-after-s 240 --limit-s 5 --cell-s 15 --shapes 4096x2048x152064 4096x3584x152064
     16384x2048x152064 1024x2048x152064)
+  sparse=(--stop-after-s 75 --cell-s 15 --shape 4096x2048x152064)
 fi
 hash=$("$python" -c 'from xopd_bench.record import kernel_hash; print(kernel_hash())') || exit 1
 
@@ -71,6 +73,10 @@ step 300 "$python" -m benchmarks "${bench[@]}" --commit "$commit" --output "$out
 echo "== tiles"
 step 90 "$python" -m benchmarks.tune "${tune[@]}" --commit "$commit" --output "$out/tune.jsonl" \
   2>>"$out/tune.txt"
+
+echo "== sparse gradients"
+step 120 "$python" -m benchmarks.sparse run "${sparse[@]}" --commit "$commit" \
+  --output "$out/sparse.jsonl" >"$out/sparse.md" 2>>"$out/sparse.txt"
 
 echo "== results"
 "$python" -m benchmarks report "$out/bench.jsonl" --short

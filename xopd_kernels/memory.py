@@ -13,7 +13,7 @@ from xopd_kernels import native_matmul
 from xopd_kernels.backend import Backend
 from xopd_kernels.records import Wanted
 from xopd_kernels.validation import check_budget
-from xopd_kernels.workload import LIST_BYTES, Operator, Workload
+from xopd_kernels.workload import LIST_BYTES, SHARED_BLOCK, Operator, Workload
 
 MIB = 2**20
 DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
@@ -73,7 +73,8 @@ def memory_plan(
 
     Not counted, because they depend on how the inputs lie: a copy of hidden [N, D] whose leading
     dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight neither of whose
-    strides is 1 (TRITON: whole; NATIVE and REFERENCE: an fp32 one by tiles), casts under autocast,
+    strides is 1 (TRITON: whole; NATIVE and REFERENCE: an fp32 one by tiles), one by tiles of a bf16
+    weight whose rows are not contiguous (NATIVE), casts under autocast,
     and a second set of gradients where the graph is kept (retain_graph), where the upstream
     gradient of a divergence differs from token to token, or where the teacher's vocabulary is the
     smaller one (torch pads d_weight). NATIVE with a main_grad that is added to in the backward pass
@@ -350,9 +351,13 @@ def _list_bytes(work: Workload, chunk: int) -> int:
     is_kept = work.operator is Operator.LOGPROB
     length = work.list_length(work.rows if is_kept else chunk)
     kept = work.rows * length * (8 + work.arithmetic.itemsize) * is_kept
+    # In the backward pass: in the types of the kernels, and in the order of classes.
+    copies = work.rows * length * 16 * is_kept
     slots = chunk * (length + work.top_k + LIST_ROOM)
+    shared = work.wanted.hidden * 4 * work.dim * (2 * SHARED_BLOCK + 4)
     # A row at a time is searched for its largest classes: its copy, their order, what is chosen.
-    return kept + min(LIST_BYTES, slots * LIST_SLOT_BYTES) + 16 * work.vocab_size
+    lists = max(copies, min(LIST_BYTES, slots * LIST_SLOT_BYTES))
+    return kept + lists + shared + 16 * work.vocab_size
 
 
 def _sum_bytes(work: Workload) -> int:

@@ -105,6 +105,8 @@ def round_both(
         ("transposed", transposed, columns, rows),
     ):
         even = width + width % 2
+        if to is not None and to.numel() < height * even:
+            raise ValueError(f"{name} must have {height * even} elements, got {to.numel()}")
         result = None if to is None else to[: height * even].view(height, even)
         if result is not None:
             address(name, result, torch.bfloat16, (height, even))
@@ -122,8 +124,8 @@ def product(a: Tensor, b: Packed, out: Tensor, is_added: bool = False) -> Tensor
     """``out = a b`` or, with `is_added`, ``out + a b``: a [m, k] bf16, out [m, n] fp32 or bf16.
 
     Products are exact and summed in fp32 in an order that depends on k alone; numbers below
-    1.2e-38 count as 0. A bf16 `out` is rounded to once, and cannot be added to. `a` must have an
-    even stride and, if k is odd, a 0 after each row. Raises TypeError/ValueError for a tensor that
+    1.2e-38 count as 0. A bf16 `out` is rounded to once, and cannot be added to. If k is odd, a 0
+    must follow each row of `a` in memory. Raises TypeError/ValueError for a tensor that
     does not fit, RuntimeError without the products.
     """
     if is_added and out.dtype == torch.bfloat16:
@@ -150,14 +152,18 @@ def _check_fit(a: Tensor, b: Packed, shape: tuple[int, ...]) -> None:
             f"a [m, k], b [k, n] and the product [m, n] must fit, got {list(a.shape)}, "
             f"{[b.k, b.n]} and {list(shape)}"
         )
-    if m > 1 and k > 0 and (a.stride(0) % 2 or a.stride(0) < k):
-        raise ValueError(f"a must have rows of an even stride, got strides {a.stride()}")
+    elements = a.untyped_storage().nbytes() // 2
+    after = a.storage_offset() + max(0, m - 1) * a.stride(0) + k
+    if m > 0 and k % 2 and ((m > 1 and a.stride(0) <= k) or after >= elements):
+        raise ValueError(f"a must have a 0 after each row of odd length, got strides {a.stride()}")
 
 
 def _run(a: Tensor, b: Packed, out: Tensor, is_added: bool, is_transposed: bool) -> None:
     left = block("a", a, torch.bfloat16)
     is_rounded = out.dtype == torch.bfloat16 and not is_transposed
     to = block("out", out, torch.bfloat16 if is_rounded else torch.float32)
+    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        raise ValueError(f"out must have rows that lie apart, got strides {out.stride()}")
     places = (None, to) if is_rounded else (to, None)
     right = address("b.words", b.words, torch.int32, (packed_size(b.k, b.n),))
     sizes_of = (a.stride(0), right, a.shape[0], b.n, b.k)

@@ -23,7 +23,6 @@ constexpr int64_t VECTORS = 4;  // of a row of the block of `out` that stays in 
 constexpr int64_t COLUMNS = VECTORS * LANES;
 constexpr int64_t ROWS = 6;  // 6 x 4 sums, 4 vectors of b and one of a are 29 of 32 registers
 constexpr int64_t ROWS_OF_TASK = 32 * ROWS;
-constexpr int64_t MOST_PAIRS = 2048;  // of b at a time: 512 KiB, which a core's L2 holds
 
 
 // Words [16][16] transposed in registers.
@@ -226,44 +225,34 @@ XOPD_BF16 inline void store(const xopd_product& call, int64_t row, int64_t begin
   }
 }
 
-// Rows [row, row + M) of the columns [begin, begin + 64), pairs [from, from + pairs).
+// Rows [row, row + M) of the columns [begin, begin + 64), over the whole inner dimension.
 template <int64_t M>
-XOPD_BF16 void multiply_block(const xopd_product& call, int64_t row, int64_t begin, int64_t from,
-                              int64_t pairs) {
-  const bool is_added = call.is_added != 0 || from > 0;
-  const int64_t total = (call.k + 1) / 2;
+XOPD_BF16 void multiply_block(const xopd_product& call, int64_t row, int64_t begin) {
+  const int64_t pairs = (call.k + 1) / 2;
   __m512 sums[M][VECTORS];
   for (int64_t i = 0; i < M; ++i) {
     const float* old = call.out + (row + i) * call.out_stride + begin;
     for (int64_t v = 0; v < VECTORS; ++v) {
       sums[i][v] = _mm512_setzero_ps();
-      if (is_added) {
+      if (call.is_added != 0) {
         sums[i][v] = _mm512_maskz_loadu_ps(first(call.n - begin - v * LANES), old + v * LANES);
       }
     }
   }
-  multiply<M>(call.a + row * call.a_stride + 2 * from, call.a_stride,
-              call.b + begin * total + from * COLUMNS, pairs, sums);
+  multiply<M>(call.a + row * call.a_stride, call.a_stride, call.b + begin * pairs, pairs, sums);
   store<M>(call, row, begin, sums);
 }
 
-using Block = void (*)(const xopd_product&, int64_t, int64_t, int64_t, int64_t);
+using Block = void (*)(const xopd_product&, int64_t, int64_t);
 constexpr Block BLOCKS[ROWS] = {multiply_block<1>, multiply_block<2>, multiply_block<3>,
                                 multiply_block<4>, multiply_block<5>, multiply_block<6>};
 
 // Some rows of a block of 64 columns. Which task has them changes nothing about their sums.
 void multiply_rows(const xopd_product& call, int64_t first_row, int64_t begin) {
-  const int64_t end = std::min(first_row + ROWS_OF_TASK, call.m), total = (call.k + 1) / 2;
-  const bool is_cut = call.out != nullptr && call.is_transposed == 0;
-  const int64_t most = is_cut ? MOST_PAIRS : std::max<int64_t>(total, 1);
-  int64_t from = 0;
-  do {  // once at least: a product of nothing is written, too
-    const int64_t pairs = std::min(most, total - from);
-    for (int64_t row = first_row; row < end; row += ROWS) {
-      BLOCKS[std::min(ROWS, end - row) - 1](call, row, begin, from, pairs);
-    }
-    from += most;
-  } while (from < total);
+  const int64_t end = std::min(first_row + ROWS_OF_TASK, call.m);
+  for (int64_t row = first_row; row < end; row += ROWS) {
+    BLOCKS[std::min(ROWS, end - row) - 1](call, row, begin);
+  }
 }
 
 }  // namespace
@@ -273,7 +262,10 @@ void multiply_rows(const xopd_product& call, int64_t first_row, int64_t begin) {
 extern "C" {
 
 #if defined(__AVX512F__)
-int32_t xopd_has_matmul() { return __builtin_cpu_supports("avx512bf16") ? 1 : 0; }
+int32_t xopd_has_matmul() {
+  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
 
 int32_t xopd_run_pack(const xopd_pack* call, xopd_parallel_for* parallel) {
   if (call->is_transposed != 0) {

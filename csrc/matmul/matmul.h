@@ -32,7 +32,7 @@ struct xopd_round {
 // out [m, n] = a [m, k] b [k, n], or out + a b.
 struct xopd_product {
   const uint16_t* a;  // rows of k numbers, with a 0 after them if k is odd
-  int64_t a_stride;   // elements, even
+  int64_t a_stride;  // elements
   const uint32_t* b;  // packed
   int64_t m, n, k;
   float* out;  // or null:

@@ -301,3 +301,17 @@ def test_wrong_keywords(options, error, message):
     inputs, _ = make_case(torch.float32)
     with pytest.raises(error, match=message):
         linear_logprob(*inputs[:2], inputs.target, **options)
+
+
+def test_a_token_that_is_nearly_certain_keeps_its_own_entry():
+    """1 - p is summed over the other classes: the rounded log p has none of its digits."""
+    logits = torch.zeros(3, 64)
+    logits[:, 5] = torch.tensor([20.0, 40.0, 60.0])
+    weight = logits.t().contiguous().requires_grad_()
+    hidden, target = torch.eye(3), torch.full((3,), 5)
+    out = linear_logprob(
+        hidden, weight, target, gradient="sparse", max_gradient_error=0.1, backend=Backend.NATIVE
+    )
+    out.logprob.sum().backward()
+    rest = 63 * (-logits[:, 5].double()).exp()
+    torch.testing.assert_close(weight.grad[5].double(), rest / (1 + rest), rtol=1e-5, atol=0.0)

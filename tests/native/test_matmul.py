@@ -78,8 +78,15 @@ def test_transposed_product(m: int, n: int, k: int, gap: int) -> None:
     assert memory[:, m:].isnan().all()
 
 
-def test_an_inner_dimension_that_is_cut() -> None:
-    """More pairs than one block of b has: the parts are added."""
+@pytest.mark.parametrize("stride", [0, 3, 4, 5, 6, 9])
+def test_rows_of_any_stride(stride: int) -> None:
+    """Odd ones, overlapping ones, one row many times: `a` is only read."""
+    memory = matrix(1, 8 * 9 + 6, 17)[0]
+    a, b = memory.as_strided((8, 6), (stride, 1)), matrix(6, 70, 18)
+    check(product(a, pack(b), torch.empty(8, 70)), a, b)
+
+
+def test_a_long_inner_dimension() -> None:
     a, b = matrix(7, 9001, 4), matrix(9001, 65, 5)
     out = product(a, pack(b), torch.empty(7, 65))
     check(out, a, b)
@@ -157,10 +164,13 @@ def test_wrong_input() -> None:
         product(matrix(3, 6, 13), b, out)
     with pytest.raises(ValueError, match="added to"):
         product(a, b, torch.empty(3, 6, dtype=BF16), is_added=True)
-    with pytest.raises(ValueError, match="even stride"):
-        product(torch.zeros(3, 5, dtype=BF16)[:, :4], b, out)
-    with pytest.raises(ValueError, match="even stride"):
-        product(torch.zeros(3, 3, dtype=BF16), pack(matrix(3, 6, 15)), out)
+    odd = pack(matrix(3, 6, 15))
+    with pytest.raises(ValueError, match="a 0 after each row"):
+        product(torch.zeros(3, 3, dtype=BF16), odd, out)
+    with pytest.raises(ValueError, match="a 0 after each row"):
+        product(torch.zeros(1, 3, dtype=BF16), odd, torch.empty(1, 6))
+    with pytest.raises(ValueError, match="rows that lie apart"):
+        product(a, b, torch.empty(1, 6).expand(3, 6))
     with pytest.raises(TypeError, match=r"^a must be"):
         product(a.float(), b, out)
     with pytest.raises(TypeError, match="out must be"):
@@ -175,7 +185,7 @@ def test_wrong_input() -> None:
         pack(matrix(4, 3, 16), is_transposed=True)
     with pytest.raises(ValueError, match="words must be"):
         pack(matrix(4, 6, 16), torch.empty(packed_size(4, 6) - 1, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="shape"):
+    with pytest.raises(ValueError, match="straight must have 16 elements, got 15"):
         round_both(torch.zeros(4, 4), torch.empty(15, dtype=BF16), None)
     with pytest.raises(TypeError, match="values must be"):
         round_both(torch.zeros(4, 4, dtype=BF16), None, None)

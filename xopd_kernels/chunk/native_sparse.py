@@ -30,6 +30,7 @@ DenseRows = Callable[
 
 _REACH_SHARE = 1 / 32  # of the allowance: all that is too far below the maximum to be listed
 _LONGEST_REACH = 88.0  # exp(-88) is 0
+_COPY_BYTES = 2**20  # of a weight whose rows are not contiguous
 _ROOM = 16  # entries, at least, that a list takes between two cuts
 # Of an entry, with room for half as many more: class number, logit, slope; a mask and a copy for
 # the rule or, after it, row and value in the order of classes.
@@ -201,12 +202,21 @@ class SparseSum(NamedTuple):
 
     gradient: GradientSum
     hidden: Tensor  # [N, D]
+    shared: Tensor | None  # [D] of `shared_row`, where d_hidden is wanted
+
+    @classmethod
+    def of(cls, gradient: GradientSum, hidden: Tensor) -> "SparseSum":
+        """For all chunks of a call."""
+        shared = None if gradient.hidden is None else shared_row(gradient.call.head)
+        return cls(gradient, hidden, shared)
 
     def add(self, chunk: Chunk, lists: Listed, choice: Choice, dense: DenseRows) -> None:
         """Add a chunk: the entries of its sparse rows, and what `dense` writes of the others."""
         sums = self.gradient
         rows = choice.is_sparse.nonzero().squeeze(1)
-        self.add_hidden(lists, rows, sums.live.rows(chunk.part, rows))
+        out_rows = sums.live.rows(chunk.part, rows)
+        assert isinstance(out_rows, Tensor)
+        self.add_hidden(lists, rows, out_rows)
         entries = EntrySum.of(sums, lists, sums.live.chunk(self.hidden, chunk.part))
         dense_rows = (~(choice.is_sparse | choice.is_whole)).nonzero().squeeze(1)
         if len(dense_rows) == 0:
@@ -218,22 +228,31 @@ class SparseSum(NamedTuple):
         alive = None if len(dense_rows) == len(chunk.hidden) else dense_rows
         sums.add(chunk, alive, dense(alive), entries.add_to(sums))
 
-    def add_hidden(self, lists: Listed, rows: Tensor, out_rows: Tensor | slice) -> None:
+    def add_hidden(self, lists: Listed, rows: Tensor, out_rows: Tensor) -> None:
         """Write the rows of d_hidden of the lists `rows` [n] int64 to its rows `out_rows`."""
-        sums, weight = self.gradient, self.gradient.call.head.weight
+        sums = self.gradient
         if sums.hidden is None or len(rows) == 0:
             return
+        step = max(1, min(sums.call.step, len(rows)))
+        for begin in range(0, len(rows), step):
+            part = rows[begin : begin + step]
+            out = self._gathered(lists, part)
+            if self.shared is not None:
+                out.addr_(_row_sums(lists, part), self.shared, alpha=-1)
+            sums.hidden[out_rows[begin : begin + step]] = out.to(sums.hidden.dtype)
+
+    def _gathered(self, lists: Listed, rows: Tensor) -> Tensor:
+        """[n, D] fp32: the sums of entry times row of the weight of the lists `rows` [n]."""
+        weight = self.gradient.call.head.weight
         out = torch.zeros(len(rows), weight.shape[1])
         if _has_unit_stride(weight):
             native_sparse.gather(lists, len(weight), rows, weight, 0, out)
-        else:
-            for tile in sums.model.tiles():
-                part = weight[tile].contiguous()
-                native_sparse.gather(lists, len(weight), rows, part, tile.start, out)
-        shared = shared_row(sums.call.head)
-        if shared is not None:
-            out.addr_(_row_sums(lists)[rows], shared, alpha=-1)
-        sums.hidden[out_rows] = out.to(sums.hidden.dtype)
+            return out
+        step = max(1, _COPY_BYTES // (weight.shape[1] * weight.element_size()))
+        for begin in range(0, len(weight), step):
+            part = weight[begin : begin + step].contiguous()
+            native_sparse.gather(lists, len(weight), rows, part, begin, out)
+        return out
 
 
 class EntrySum(NamedTuple):
@@ -284,10 +303,10 @@ class EntrySum(NamedTuple):
                 sums.weight[tile] = out
 
 
-def _row_sums(lists: Listed) -> Tensor:
-    """[rows] fp32 sum of a row's entries; what follows the entries is uninitialised."""
+def _row_sums(lists: Listed, rows: Tensor) -> Tensor:
+    """[n] fp32 sum of the entries of `rows` [n]; what follows the entries is uninitialised."""
     slot = torch.arange(lists.values.shape[1])
-    return lists.values.where(slot < lists.counts[:, None], 0.0).sum(1)
+    return lists.values[rows].where(slot < lists.counts[rows, None], 0.0).sum(1)
 
 
 def _has_unit_stride(matrix: Tensor) -> bool:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.records import Head, Sparsity
+from xopd_kernels.workload import SHARED_BLOCK, SHARED_ROWS
 
 WHOLE_SHARE, OUTSIDE_SHARE, SPARED_SHARE = 1 / 16, 14 / 16, 1 / 16  # of the allowance
 LADDER_STEPS = 16  # thresholds for the entries of a list, each twice the one before
 LADDER_BASE = 2.0**-13  # the lowest, of what a row may lose: it fits for lists of 8192 classes
+LEAST_SCALE = 2.0**-100  # of a row that is listed: products below it lose their digits
 _UNIT_BITS = 40  # sums that decide are of integers in units of allowance * 2^-40
 
 
@@ -86,7 +88,8 @@ def choose_rows(rows: RowMass, sparsity: Sparsity) -> Choice:
     twice, and the bound holds for every draw. No row is left out whole, but for those without a
     gradient.
 
-    Rows whose norm is not finite are dense, and do not count.
+    Rows whose norm is not finite are dense, and do not count. So are, unless left out whole, those
+    of a factor below 2^-100.
 
     Args:
         rows: [rows] and [rows, K]; floating point, any mix of dtypes.
@@ -104,7 +107,7 @@ def choose_rows(rows: RowMass, sparsity: Sparsity) -> Choice:
     if not sparsity.is_unbiased:
         is_whole = _cheapest(whole_error.where(is_finite, torch.inf), allowance, WHOLE_SHARE)
     outside_error = times * scale * rows.outside
-    is_candidate = is_finite & ~is_whole
+    is_candidate = is_finite & ~is_whole & (scale >= LEAST_SCALE)
     is_sparse = _cheapest(outside_error.where(is_candidate, torch.inf), allowance, OUTSIDE_SHARE)
     limit = allowance * (SPARED_SHARE / times / (1 + rounding))
     values = _entries(rows) * is_sparse[:, None]  # of other rows 0: they add nothing
@@ -166,8 +169,12 @@ def shared_row(head: Head) -> Tensor | None:
     weight = head.weight
     if head.softcap is not None:
         return None
-    rows = weight[:: max(1, len(weight) // 512)]
-    return rows.contiguous().mean(0, dtype=torch.float32)  # in one order, whatever the strides
+    rows = weight[:: -(-len(weight) // SHARED_ROWS)]
+    total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
+    for begin in range(0, len(rows), SHARED_BLOCK):
+        # Contiguous: in one order, whatever the strides.
+        total += rows[begin : begin + SHARED_BLOCK].contiguous().float().sum(0)
+    return total / len(rows)
 
 
 def row_uniform(seed: int, rows: Tensor) -> Tensor:

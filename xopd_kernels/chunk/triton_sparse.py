@@ -247,6 +247,7 @@ class SparseSum(NamedTuple):
     dense: GradientSum  # d_weight in `total`, in place
     total: Tensor | None  # [V, D] fp32; main_grad if there is one
     sink: GradientSink
+    shared: Tensor | None  # [D] of `shared_row`, where d_hidden is wanted
 
     @classmethod
     def of(cls, pipeline: ChunkPipeline, hidden: Tensor, sink: GradientSink) -> "SparseSum":
@@ -254,7 +255,9 @@ class SparseSum(NamedTuple):
         total = sink.main_grad
         if total is None and pipeline.call.wanted.weight:
             total = pipeline.weight.new_zeros(pipeline.weight.shape, dtype=torch.float32)
-        return cls(GradientSum.of(pipeline, hidden, GradientSink(total)), total, sink)
+        dense, call = GradientSum.of(pipeline, hidden, GradientSink(total)), pipeline.call
+        shared = shared_row(call.head) if call.wanted.hidden else None
+        return cls(dense, total, sink, shared)
 
     def add(self, part: slice, hidden: Tensor, d_logit: Tensor, dense: Alive) -> None:
         """Add the dense rows of a chunk, as GradientSum.add."""
@@ -280,13 +283,13 @@ class SparseSum(NamedTuple):
 
     def _set_hidden(self, out: Tensor, out_row: Tensor, lists: EntryLists) -> None:
         weight, (rows, slots) = self.dense.pipeline.weight, lists.ids.shape
-        shared, dim = shared_row(self.dense.pipeline.call.head), out.shape[1]
+        dim = out.shape[1]
         entry_hidden_kernel[(rows * triton.cdiv(dim, ENTRY_BLOCK_D),)](
             lists.ids,
             lists.value,
             lists.counts,
             weight,
-            shared,
+            self.shared,
             out_row,
             out,
             dim,

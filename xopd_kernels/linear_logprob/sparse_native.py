@@ -60,7 +60,7 @@ def _choose(call: Call, listed: ListedRows, of_target: TargetStats, sparsity: Sp
     outside = listed.to_mass(of_target.unit)
     mass = RowMass(torch.ones_like(rest), 2 * rest, rest, outside, listed.values)
     choice = choose_row_entries(mass, sparsity)
-    at_target = -of_target.stats.logprob.expm1()[:, None]
+    at_target = rest[:, None]
     factor = -torch.ones_like(rest)
     listed.to_gradient(choice, choice.is_spared(mass), factor, at_target, call.head.slope)
     return choice
@@ -97,7 +97,7 @@ def backward_sparse(
     gradient = GradientSum.of(call, softmax.model, hidden, summed, sink)
     lists = _lists(entries, upstream.float())
     rows = (is_live & ~entries.is_dense).nonzero().squeeze(1)
-    SparseSum(gradient, hidden).add_hidden(lists, rows, rows)
+    SparseSum.of(gradient, hidden).add_hidden(lists, rows, rows)
     of_entries = EntrySum.of(gradient, lists, hidden)
     del lists
     if dense.live == 0:

@@ -53,6 +53,7 @@ def forward_sparse(
     dropped = hidden.new_empty(live.live, dtype=torch.float32)
     numbers = live.take(torch.arange(live.total))
     error, norm = torch.zeros(2, dtype=torch.float64)
+    sums = SparseSum.of(gradient, hidden)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
         part, bounds = chunk.part, bounds_of(call, len(chunk.hidden), sparsity, id_count=1)
         listed = ListedRows.of(softmax.model, chunk, softmax.ids[part], bounds)
@@ -62,7 +63,7 @@ def forward_sparse(
         rows.put(part, stats.logprob, stats.lse, token)
         rule = _Rule(softmax.model, sparsity, numbers[part])
         choice = rule.apply(chunk, listed, of_target, token.coefficient)
-        SparseSum(gradient, hidden).add(
+        sums.add(
             chunk,
             listed.lists.entries,
             choice,
@@ -93,7 +94,7 @@ class _Rule(NamedTuple):
         if self.sparsity.is_unbiased:
             left = LeftOut(choice.is_sparse, spared, unit)
             drawn = listed.draw(self.model, chunk, left, (self.sparsity.seed, self.numbers))
-        at_target = -coefficient * of_target.stats.logprob.expm1()
+        at_target = coefficient * rest  # not -expm1(logprob): log p_y of a sure token has no digits
         slope = self.model.head.slope
         listed.to_gradient(choice, spared, -coefficient, at_target[:, None], slope)
         if drawn is not None:

@@ -44,6 +44,7 @@ def forward_sparse(
     out = torch.empty(3, live.live, dtype=call.dtype)
     dropped = torch.empty(live.live)
     error, norm = torch.zeros(2, dtype=torch.float64)
+    sums = SparseSum.of(gradient, hidden)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
         part = chunk.part
         ids, order = live.chunk(teacher.ids, part).contiguous().sort(1)
@@ -56,7 +57,7 @@ def forward_sparse(
             row[part] = values
         choice, dropped[part] = row_terms.apply(listed, model.head.slope, sparsity)
         dense = _DenseRows(model, chunk, row_terms)
-        SparseSum(gradient, hidden).add(chunk, listed.lists.entries, choice, dense.write)
+        sums.add(chunk, listed.lists.entries, choice, dense.write)
         error, norm = error + choice.error, norm + choice.norm
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     reached = gradient_error(error, norm, sparsity)

@@ -1,11 +1,9 @@
-#include <cmath>
-
 #include "softmax/softmax.h"
+
+#include "common/sums.h"
 
 namespace xopd {
 namespace {
-
-constexpr float LOG_ZERO = -1000.0f;  // exp(LOG_ZERO) is 0; keeps 0 * log(0) at 0, not NaN
 
 // visit(k, ids[k] - first) for the ids of a row that lie in [first, end).
 template <class Visit>
@@ -17,57 +15,10 @@ void for_ids(const int64_t* ids, int64_t count, int64_t first, int64_t end, cons
   }
 }
 
-float largest_of(const Buffer& z, int64_t count) {
-  Floats lanes[UNROLL] = {splat(-INF), splat(-INF), splat(-INF), splat(-INF)};
-  for (int64_t i = 0; i < count; i += STEP) {
-    for (int64_t k = 0; k < UNROLL; ++k) {
-      lanes[k] = larger(load(z.values + i + k * WIDTH), lanes[k]);
-    }
-  }
-  return largest(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3])));
-}
-
-// Statistics of one row so far: exp and its moment about `maximum`.
-struct RowStatistics {
-  float maximum;
-  double total;
-  double moment;
-
-  // Takes `found` as the maximum if it is larger.
-  void raise(float found) {
-    if (!(found > maximum)) return;
-    // Nothing but 0 or NaN stands in the sums of a row whose maximum is -inf: they stay.
-    if (maximum != -INF) {
-      const double shift = static_cast<double>(maximum) - static_cast<double>(found);
-      const double factor = std::exp(shift);
-      moment = factor == 0.0 ? factor * moment : factor * (moment + shift * total);
-      total *= factor;
-    }
-    maximum = found;
-  }
-
-  template <bool HAS_MOMENT>
-  void add(const Buffer& z, int64_t count) {
-    raise(largest_of(z, count));
-    const Floats reference = splat(maximum == -INF ? 0.0f : maximum);
-    Sum totals, moments;
-    for (int64_t i = 0; i < count; i += STEP) {
-      for (int64_t k = 0; k < UNROLL; ++k) {
-        const Floats shifted = load(z.values + i + k * WIDTH) - reference;
-        const Floats e = exp(shifted);
-        totals.lanes[k] += e;
-        if (HAS_MOMENT) moments.lanes[k] += e * at_least(shifted, splat(LOG_ZERO));
-      }
-    }
-    total += totals.total();
-    if (HAS_MOMENT) moment += moments.total();
-  }
-};
-
 template <bool HAS_MOMENT>
 void add_row(const xopd_statistics& call, int64_t row) {
   Buffer z;
-  RowStatistics statistics{call.maximum[row], call.total[row], HAS_MOMENT ? call.moment[row] : 0.0};
+  RowSums sums{call.maximum[row], call.total[row], HAS_MOMENT ? call.moment[row] : 0.0};
   const int64_t* ids = call.ids + row * call.id_count;
   float* at_ids = call.at_ids + row * call.id_count;
   for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
@@ -78,11 +29,12 @@ void add_row(const xopd_statistics& call, int64_t row) {
       at_ids[k] = z.values[at];
       if (call.excludes_ids != 0) z.values[at] = -INF;
     });
-    statistics.add<HAS_MOMENT>(z, padded(count));
+    sums.raise(largest_of(z, padded(count)));
+    sums.add<HAS_MOMENT>(z.values, padded(count));
   }
-  call.maximum[row] = statistics.maximum;
-  call.total[row] = statistics.total;
-  if (HAS_MOMENT) call.moment[row] = statistics.moment;
+  call.maximum[row] = sums.maximum;
+  call.total[row] = sums.total;
+  if (HAS_MOMENT) call.moment[row] = sums.moment;
 }
 
 template <bool HAS_GAMMA>

@@ -1,59 +1,8 @@
-#include <cmath>
-
+#include "common/sums.h"
 #include "sparse/sparse.h"
 
 namespace xopd {
 namespace {
-
-constexpr float LOG_ZERO = -1000.0f;  // exp(LOG_ZERO) is 0; keeps 0 * log(0) at 0, not NaN
-
-// Sums of exp(z - maximum) and of its moment, about the maximum so far.
-struct Sums {
-  float maximum;
-  double total;
-  double moment;
-
-  // Takes `found` as the maximum if it is larger.
-  void raise(float found) {
-    if (!(found > maximum)) return;
-    // Nothing but 0 or NaN stands in the sums of a row whose maximum is -inf: they stay.
-    if (maximum != -INF) {
-      const double shift = static_cast<double>(maximum) - static_cast<double>(found);
-      const double factor = std::exp(shift);
-      moment = factor == 0.0 ? factor * moment : factor * (moment + shift * total);
-      total *= factor;
-    }
-    maximum = found;
-  }
-
-  // The logits `z`, a whole number of steps; with `e` their exponentials are written there.
-  template <bool HAS_MOMENT>
-  void add(const float* z, int64_t count, float* e = nullptr) {
-    const Floats reference = splat(maximum == -INF ? 0.0f : maximum);
-    Sum totals, moments;
-    for (int64_t i = 0; i < count; i += STEP) {
-      for (int64_t k = 0; k < UNROLL; ++k) {
-        const Floats shifted = load(z + i + k * WIDTH) - reference;
-        const Floats value = exp(shifted);
-        if (e != nullptr) store(e + i + k * WIDTH, value);
-        totals.lanes[k] += value;
-        if (HAS_MOMENT) moments.lanes[k] += value * at_least(shifted, splat(LOG_ZERO));
-      }
-    }
-    total += totals.total();
-    if (HAS_MOMENT) moment += moments.total();
-  }
-};
-
-float largest_of(const Buffer& z, int64_t count) {
-  Floats lanes[UNROLL] = {splat(-INF), splat(-INF), splat(-INF), splat(-INF)};
-  for (int64_t i = 0; i < count; i += STEP) {
-    for (int64_t k = 0; k < UNROLL; ++k) {
-      lanes[k] = larger(load(z.values + i + k * WIDTH), lanes[k]);
-    }
-  }
-  return largest(larger(larger(lanes[0], lanes[1]), larger(lanes[2], lanes[3])));
-}
 
 // The lanes of a comparison that are true, as bits of words: of lane i bit 8 (i % 8).
 struct Lanes {
@@ -143,7 +92,7 @@ struct Cut {
 // The list of a row; what leaves it goes into the sums.
 template <bool HAS_MOMENT>
 struct List {
-  Sums sums;
+  RowSums sums;
   int64_t count;
   float cutoff;
   int32_t* ids;
@@ -300,7 +249,7 @@ void finish_row(const xopd_finish& call, int64_t row) {
   auto list = List<HAS_MOMENT>::of(lists, row);
   list.prune(lists.limit, lists.limit, list.sums.maximum - lists.reach);
   list.put(lists, row);
-  Sums inside{list.sums.maximum, 0.0, 0.0};
+  RowSums inside{list.sums.maximum, 0.0, 0.0};
   Buffer z, e;
   for (int64_t begin = 0; begin < list.count; begin += PIECE) {
     const int64_t count = std::min(PIECE, list.count - begin);

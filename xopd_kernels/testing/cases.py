@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from xopd_kernels.backend import Backend, resolve
+from xopd_kernels.native_matmul import multiplies
 from xopd_kernels.records import Head
 from xopd_kernels.testing.dense import dense_logits, transform
 from xopd_kernels.testing.inputs import Inputs
@@ -249,3 +251,12 @@ def smallest_memory_budget(call: Callable[..., object]) -> int:
             least = int(str(error).split(lead)[1].split()[0])
         else:
             return least
+
+
+def rounding_of_factors(dtype: torch.dtype, dim: int, backend: str = "auto") -> float:
+    """Relative error of each entry of d_logit as a factor of the two gradient GEMMs on the CPU.
+
+    2^-9 where those take bf16 (Backend.NATIVE with bf16 dot products), else 0.
+    """
+    is_native = resolve(backend, torch.device("cpu"), dtype) is Backend.NATIVE
+    return 2.0**-9 if is_native and multiplies(dtype, dim) else 0.0

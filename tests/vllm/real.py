@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,10 +38,16 @@ KEY_ENV = "XOPD_TEST_VLLM_KEY"
 KEY = "a-key"
 
 
+# Below the ports that Linux (32768 and up) gives to connections: an engine that starts opens some
+# between the moment a port is found free and the moment its server binds it.
+PORTS = range(20_000, 32_000)
+
+
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = random.SystemRandom().choice(PORTS)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextmanager

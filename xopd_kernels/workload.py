@@ -107,6 +107,11 @@ class Workload(NamedTuple):
         return self.dtype.itemsize == 2 and not self.holds_fp32
 
     @property
+    def keeps_d_logit(self) -> bool:
+        """Whether NATIVE may round d(loss)/d(logit) to bf16 before all rows of it are there."""
+        return multiplies(self.dtype, self.dim) and not self.is_sparse
+
+    @property
     def arithmetic(self) -> torch.dtype:
         """The dtype of logits and sums."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

@@ -1,28 +1,9 @@
+#include "matmul/kernel.h"
 #include "matmul/matmul.h"
 
-#include <cstring>
-
 #if defined(__AVX512F__)
-#if defined(__GNUC__) && !defined(__clang__)
-// GCC 12 warns of its own header's _mm512_undefined_epi32 (bug 105593).
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-#include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
-// Which the object is not compiled for: no other function of it may use these instructions.
-#define XOPD_BF16 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-
 namespace xopd {
 namespace {
-
-constexpr int64_t LANES = 16;
-constexpr int64_t VECTORS = 4;  // of a row of the block of `out` that stays in registers
-constexpr int64_t COLUMNS = VECTORS * LANES;
-constexpr int64_t ROWS = 6;  // 6 x 4 sums, 4 vectors of b and one of a are 29 of 32 registers
-constexpr int64_t ROWS_OF_TASK = 32 * ROWS;
 
 
 // Words [16][16] transposed in registers.
@@ -50,11 +31,6 @@ XOPD_BF16 inline void transpose(__m512i (&r)[LANES]) {
     r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
-}
-
-// The first `count` of 16 lanes.
-inline __mmask16 first(int64_t count) {
-  return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(count, 0)) - 1);
 }
 
 // Pairs of two rows of bf16: 16 columns of each, `low` in the low halves.
@@ -139,65 +115,6 @@ XOPD_BF16 void round_rows(const xopd_round& call, int64_t group) {
     for (int64_t i = 0; i < std::min(LANES, call.columns - column); ++i) {
       _mm512_mask_storeu_epi32(call.transposed + (column + i) * height + begin, pairs, words[i]);
     }
-  }
-}
-
-// A block [M, 64] of the product over `pairs` pairs, in registers.
-template <int64_t M>
-XOPD_BF16 inline void multiply(const uint16_t* a, int64_t a_stride, const uint32_t* b,
-                               int64_t pairs, __m512 (&sums)[M][VECTORS]) {
-  for (int64_t pair = 0; pair < pairs; ++pair) {
-    __m512i columns[VECTORS];
-    for (int64_t v = 0; v < VECTORS; ++v) {
-      columns[v] = _mm512_loadu_si512(b + pair * COLUMNS + v * LANES);
-    }
-    for (int64_t i = 0; i < M; ++i) {
-      int32_t word;
-      std::memcpy(&word, a + i * a_stride + 2 * pair, sizeof word);
-      const __m512i row = _mm512_set1_epi32(word);
-      for (int64_t v = 0; v < VECTORS; ++v) {
-        sums[i][v] = _mm512_dpbf16_ps(sums[i][v], reinterpret_cast<__m512bh>(row),
-                                      reinterpret_cast<__m512bh>(columns[v]));
-      }
-    }
-  }
-}
-
-// The columns of [M, 16] as rows of M numbers, `stride` apart, the first `count` of them.
-template <int64_t M>
-XOPD_BF16 inline void store_columns(const __m512 (&sums)[M], float* out, int64_t stride,
-                                    int64_t count) {
-  alignas(64) float block[M][LANES];
-  for (int64_t i = 0; i < M; ++i) _mm512_store_ps(block[i], sums[i]);
-  for (int64_t column = 0; column < count; ++column) {
-    for (int64_t i = 0; i < M; ++i) out[column * stride + i] = block[i][column];
-  }
-}
-
-// Six rows: by fours and twos in registers.
-template <>
-XOPD_BF16 inline void store_columns<ROWS>(const __m512 (&r)[ROWS], float* out, int64_t stride,
-                                          int64_t count) {
-  __m512 low[2], high[2], pair[2], four[LANES / 4];
-  for (int64_t i = 0; i < 2; ++i) {
-    low[i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
-    high[i] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
-  }
-  pair[0] = _mm512_unpacklo_ps(r[4], r[5]);
-  pair[1] = _mm512_unpackhi_ps(r[4], r[5]);
-  // Of the columns 4 l + j, in the 128 bits l of four[j].
-  four[0] = _mm512_shuffle_ps(low[0], low[1], 0x44);
-  four[1] = _mm512_shuffle_ps(low[0], low[1], 0xee);
-  four[2] = _mm512_shuffle_ps(high[0], high[1], 0x44);
-  four[3] = _mm512_shuffle_ps(high[0], high[1], 0xee);
-  alignas(64) float fours[4][LANES], pairs[2][LANES];
-  for (int64_t j = 0; j < 4; ++j) _mm512_store_ps(fours[j], four[j]);
-  for (int64_t j = 0; j < 2; ++j) _mm512_store_ps(pairs[j], pair[j]);
-  for (int64_t column = 0; column < count; ++column) {
-    float* to = out + column * stride;
-    const int64_t j = column % 4, l = column / 4;
-    std::memcpy(to, &fours[j][4 * l], 4 * sizeof(float));
-    std::memcpy(to + 4, &pairs[j / 2][4 * l + j % 2 * 2], 2 * sizeof(float));
   }
 }
 

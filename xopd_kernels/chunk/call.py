@@ -42,7 +42,7 @@ class Call(NamedTuple):
         work = work._replace(vocab_size=shard.largest)
         step = chunk_rows(work, backend, budget)
         blocks = Blocks.of(work, budget) if backend is Backend.REFERENCE else Blocks(0, 0, 0)
-        panel = Panel.of(work, budget) if backend is Backend.NATIVE else Panel(0, 0, 0)
+        panel = Panel.of(work, budget) if backend is Backend.NATIVE else Panel(0, 0, 0, 0, 0)
         return cls(head, shard, work, step, blocks, panel)
 
     @property

@@ -18,9 +18,17 @@ from torch import Tensor
 
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native_gemm import Bf16Gemms, Fp32Gemms, as_factors
+from xopd_kernels.chunk.native_gemm import (
+    Bf16Gemms,
+    Bf16Gradient,
+    Fp32Gemms,
+    Fp32Gradient,
+    as_factors,
+)
+from xopd_kernels.chunk.native_kept import KeptGradient
 from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
 from xopd_kernels.native_matmul import Packed, multiplies
+from xopd_kernels.native_scores import Outputs
 from xopd_kernels.records import GradientSink, Head, HeadGradient
 from xopd_kernels.validation import check_target_range
 
@@ -59,52 +67,27 @@ class Model(NamedTuple):
         )
 
 
-class Store(NamedTuple):
-    """Where the linear outputs of a chunk lie, tile by tile."""
-
-    words: Tensor  # fp32, flat
-    words_of_class: int  # 0: every tile at the same place, nothing is kept
-
-    @classmethod
-    def allocate(cls, call: Call, rows: int, keeps_logits: bool) -> "Store":
-        """Workspace for chunks of `rows`."""
-        width, classes = rows * call.work.models, call.panel.tile_classes
-        if keeps_logits:
-            classes = len(call.head.weight)
-        words = call.head.weight.new_empty(width * classes, dtype=torch.float32)
-        return cls(words, width if keeps_logits else 0)
-
-    def block(self, tile: slice, rows: int, place: int) -> Tensor:
-        """The outputs [rows, T] of a tile; `place` tells models apart."""
-        size = rows * (tile.stop - tile.start)
-        begin = tile.start * self.words_of_class + place * size
-        return self.words[begin : begin + size].view(rows, -1)
-
-
 class Chunk(NamedTuple):
     """Some live rows of a model, and where their logits lie."""
 
     part: slice  # of the live rows
     hidden: Tensor  # [rows, D], a factor of the gradient's GEMMs
     factor: Tensor | Packed  # the same, of the logits' GEMMs
-    store: Store
-    place: int = 0  # 1: those of the teacher, beside the student's
+    store: Outputs
 
     @classmethod
-    def of(
-        cls, part: slice, hidden: Tensor, weight: Tensor, store: Store, place: int = 0
-    ) -> "Chunk":
+    def of(cls, part: slice, hidden: Tensor, weight: Tensor, store: Outputs) -> "Chunk":
         """The chunk of `hidden` [rows, D] that is multiplied with `weight` [V, D]."""
-        return cls(part, *as_factors(hidden, weight), store, place)
+        return cls(part, *as_factors(hidden, weight), store)
 
     def fill(self, model: Model, tile: slice) -> native.Logits:
         """The logits of a tile, computed."""
-        x = self.store.block(tile, len(self.hidden), self.place)
+        x = self.store.block(tile, len(self.hidden))
         return model.logits(model.gemms.logits(self.factor, tile, x), tile)
 
     def kept(self, model: Model, tile: slice) -> native.Logits:
         """The logits of a tile that was filled before."""
-        return model.logits(self.store.block(tile, len(self.hidden), self.place), tile)
+        return model.logits(self.store.block(tile, len(self.hidden)), tile)
 
 
 class GradientSum(NamedTuple):
@@ -115,7 +98,8 @@ class GradientSum(NamedTuple):
     live: LiveRows
     hidden: Tensor | None  # [N, D] as it is handed out; each row is written once
     weight: Tensor | None  # [V, D] as it is handed out, or main_grad
-    total: Tensor | None  # [V, D] fp32 sum of the chunks; None: one chunk, rounded tile by tile
+    total: Tensor | None  # [V, D] fp32 sum of the chunks; None: rounded tile by tile
+    kept: KeptGradient | None  # of several chunks without `total`
     bias: Tensor | None  # [V] fp32
     d_tile: Tensor  # [step, D] fp32: a tile of d_weight before it is rounded; else [0, D]
     sink: GradientSink
@@ -133,7 +117,7 @@ class GradientSum(NamedTuple):
         """Buffers for what is wanted of `hidden` [N, D]; `spare`: memory that `add` may use."""
         weight, wanted, fp32 = call.head.weight, call.wanted, torch.float32
         out_dtype = call.held_dtype
-        out = total = None
+        out = total = kept = None
         is_one_chunk = call.panel.is_narrow(live.live)
         is_one_chunk |= call.panel.first_rows == 0 and live.live <= call.step
         if wanted.weight:
@@ -143,6 +127,8 @@ class GradientSum(NamedTuple):
             out = weight.new_empty(weight.shape, dtype=dtype) if out is None else out
             if out.dtype == fp32:
                 total = out
+            elif call.panel.is_kept(live.live):
+                kept = KeptGradient(out, call.work.models, call.panel)
             elif not is_one_chunk:
                 total = weight.new_empty(weight.shape, dtype=fp32)
         is_rounded = total is None and out is not None
@@ -154,16 +140,19 @@ class GradientSum(NamedTuple):
             hidden.new_zeros(hidden.shape, dtype=out_dtype) if wanted.hidden else None,
             out,
             total,
+            kept,
             weight.new_zeros(len(weight), dtype=fp32) if wanted.bias else None,
             _tile(model.step if is_rounded else 0, weight, spare),
             sink,
         )
 
-    def overlay(self, begin: int) -> tuple[Store, int] | None:
+    def overlay(self, begin: int) -> tuple[Outputs, int] | None:
         """Memory of d_weight for the logits of the chunk that begins there, and for how many rows.
 
         The fp32 one, if it is not written yet, or the one that is rounded to in the last chunk.
         """
+        if self.kept is not None:
+            return self.kept.place(self.live.live - begin)
         panel, words, rows = self.call.panel, self.total, self.call.panel.first_rows
         if begin > 0 or self.total is None:
             is_free = self.weight is not None and self.weight.dtype != torch.float32
@@ -171,7 +160,7 @@ class GradientSum(NamedTuple):
         if words is None or rows == 0:
             return None
         words = words.view(torch.float32)
-        return Store(words.view(-1), words.shape[1]), rows
+        return Outputs(words.view(-1), words.shape[1]), rows
 
     def add(
         self, chunk: Chunk, alive: Tensor | None, write: Write, add_to: AddTo | None = None
@@ -189,31 +178,51 @@ class GradientSum(NamedTuple):
             is_direct = alive is None and self.live.kept is None
             is_direct &= self.hidden.dtype == torch.float32
             d_hidden = self.hidden[chunk.part] if is_direct else fp32.new_zeros(hidden.shape)
-        is_first, is_last = chunk.part.start == 0, chunk.part.stop == self.live.live
-        rounded = None if self.total is None or self.total is self.weight else self.weight
-        # What else is added to a tile of d_weight comes before its one rounding.
-        unrounded = add_to is not None and self.total is None
         gemms = self.model.gemms.gradient(hidden, self.d_tile)
         buffer = fp32.new_empty(len(hidden) * self.model.step)
         for tile in self.model.tiles():
             count = tile.stop - tile.start
             d_logit = buffer[: len(hidden) * count].view(len(hidden), count)
             write(tile, d_logit)
-            to, is_added = self._weight_of(tile, is_first)
-            out = self.d_tile[:count] if to is not None and unrounded else to
-            gemms.add(tile, d_logit, d_hidden, out, is_added)
-            if out is not None and to is not None and add_to is not None:
-                add_to(tile, out)
-                if out is not to:
-                    to.copy_(out)
-            if is_last and to is not None and rounded is not None:
-                rounded[tile] = to
+            if self.kept is None:
+                self._add_tile(gemms, tile, d_logit, d_hidden, chunk.part, add_to)
+            else:
+                assert isinstance(gemms, Bf16Gradient) and add_to is None
+                gemms.add_hidden(tile, d_logit, d_hidden, self.kept.block(tile, len(hidden)))
             if self.bias is not None:
                 self.bias[tile] += d_logit.sum(0)
+        if self.kept is not None:
+            self.kept.hidden.append(hidden)
+            if chunk.part.stop == self.live.live:
+                self.kept.write(list(self.model.tiles()))
         if self.hidden is not None and d_hidden is not None:
             self.call.shard.sum_(d_hidden)
             if not is_direct:
                 self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
+
+    def _add_tile(
+        self,
+        gemms: Fp32Gradient | Bf16Gradient,
+        tile: slice,
+        d_logit: Tensor,
+        d_hidden: Tensor | None,
+        part: slice,
+        add_to: AddTo | None,
+    ) -> None:
+        """Add `d_logit` of the rows `part` to d_hidden and to its tile of d_weight."""
+        to, is_added = self._weight_of(tile, part.start == 0)
+        # What else is added to a tile of d_weight comes before its one rounding.
+        is_unrounded = add_to is not None and self.total is None and to is not None
+        out = self.d_tile[: tile.stop - tile.start] if is_unrounded else to
+        gemms.add(tile, d_logit, d_hidden, out, is_added)
+        if out is not None and to is not None and add_to is not None:
+            add_to(tile, out)
+            if out is not to:
+                to.copy_(out)
+        is_rounded = self.total is not None and self.total is not self.weight
+        if part.stop == self.live.live and to is not None and is_rounded:
+            assert self.weight is not None
+            self.weight[tile] = to
 
     def _weight_of(self, tile: slice, is_first: bool) -> tuple[Tensor | None, bool]:
         """Where a tile of d_weight goes, and whether it is added to what is there."""
@@ -244,6 +253,15 @@ def _tile(rows: int, weight: Tensor, spare: Tensor | None) -> Tensor:
     return spare[: math.prod(size)].view(size)
 
 
+def _workspace(call: Call, rows: int, keeps_logits: bool) -> Outputs:
+    """Workspace for the logits of chunks of `rows`."""
+    width, classes = rows * call.work.models, call.panel.tile_classes
+    if keeps_logits:
+        classes = len(call.head.weight)
+    words = call.head.weight.new_empty(width * classes, dtype=torch.float32)
+    return Outputs(words, width if keeps_logits else 0)
+
+
 def chunks(
     call: Call, hidden: Tensor, live: LiveRows, gradient: GradientSum | None, keeps_logits: bool
 ) -> Iterator[Chunk]:
@@ -251,13 +269,13 @@ def chunks(
 
     Without `keeps_logits` the tiles share one place.
     """
-    workspace: Store | None = None
+    workspace: Outputs | None = None
     begin = 0
     while begin < live.live:
         place = None if gradient is None else gradient.overlay(begin)
         if place is None:
             rows = min(call.step, live.live - begin)
-            workspace = workspace or Store.allocate(call, rows, keeps_logits)
+            workspace = workspace or _workspace(call, rows, keeps_logits)
             place = workspace, call.step
         store, step = place
         part = slice(begin, min(live.live, begin + step))
@@ -332,6 +350,9 @@ def sweep(
         torch.zeros_like(total) if needs_moment else None,
         total.new_zeros(ids.shape, dtype=torch.float32),
     )
+    if isinstance(model.gemms, Bf16Gemms):
+        model.gemms.score(chunk.factor, model.head, chunk.store, ids, excludes_ids, running)
+        return running
     for tile in model.tiles():
         logits = chunk.fill(model, tile)
         native.add_statistics(logits, tile.start, ids, excludes_ids, running)

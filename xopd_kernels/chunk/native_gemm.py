@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xopd_kernels.native import Running
 from xopd_kernels.native_matmul import (
     Packed,
     multiplies,
@@ -19,6 +20,8 @@ from xopd_kernels.native_matmul import (
     round_both,
     transposed_product,
 )
+from xopd_kernels.native_scores import Outputs, Tiles, add_scores, tiles_of_call
+from xopd_kernels.records import Head
 
 
 def as_factors(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | Packed]:
@@ -98,6 +101,26 @@ class Bf16Gemms(NamedTuple):
         assert isinstance(hidden, Packed)
         return transposed_product(self.rows(tile), hidden, out)
 
+    def score(
+        self,
+        hidden: Tensor | Packed,
+        head: Head,
+        out: Outputs,
+        ids: Tensor,
+        excludes_ids: bool,
+        running: Running,
+    ) -> None:
+        """The linear outputs of all tiles, kept if `out` has a place for each, and statistics."""
+        assert isinstance(hidden, Packed)
+        # A weight without unit inner stride is copied by tiles.
+        tiles = tiles_of_call(len(self.weight)) if self.weight.stride(1) == 1 else 1
+        for begin in range(0, len(self.weight), tiles * self.step):
+            part = slice(begin, min(begin + tiles * self.step, len(self.weight)))
+            bias = None if head.bias is None else head.bias[part].float().contiguous()
+            classes = Tiles(self.rows(part), self.step, begin, bias, *head.scale_and_cap)
+            place = out.after(begin) if out.words_of_class > 0 else None
+            add_scores(classes, hidden, place, ids, excludes_ids, running)
+
     def gradient(self, hidden: Tensor, d_tile: Tensor) -> "Bf16Gradient":
         """The gradients of `hidden` [rows, D] and of the weight; `d_tile` is not used."""
         del d_tile  # a product is rounded as it is written
@@ -129,13 +152,18 @@ class Bf16Gradient(NamedTuple):
         is_added: bool,
     ) -> None:
         """As `Fp32Gradient.add`."""
-        straight, transposed = round_both(
-            d_logit,
-            None if d_hidden is None else self.straight,
-            None if d_weight is None else self.transposed,
-        )
+        kept = None if d_weight is None else self.transposed
+        transposed = self.add_hidden(tile, d_logit, d_hidden, kept)
+        if d_weight is not None and transposed is not None:
+            product(transposed, self.hidden, d_weight, is_added)
+
+    def add_hidden(
+        self, tile: slice, d_logit: Tensor, d_hidden: Tensor | None, kept: Tensor | None
+    ) -> Tensor | None:
+        """d_hidden alone, and d_logit.T [T, rows] in bf16, the other factor, in `kept` (flat)."""
+        straight = None if d_hidden is None else self.straight
+        straight, transposed = round_both(d_logit, straight, kept)
         if d_hidden is not None and straight is not None:
             weight = pack(self.gemms.rows(tile), self.words)
             product(straight, weight, d_hidden, is_added=True)
-        if d_weight is not None and transposed is not None:
-            product(transposed, self.hidden, d_weight, is_added)
+        return transposed

@@ -35,8 +35,7 @@ def forward(
             chunk.part,
             live.chunk(teacher.hidden, chunk.part),
             teacher.head.weight,
-            chunk.store,
-            place=1,
+            chunk.store.behind(len(chunk.hidden)),
         )
         student = _Filled.of(model, chunk)
         reference = _Filled.of(other, of_teacher)

@@ -1,0 +1,167 @@
+"""The workspace of a call by backend: bytes for each row of a chunk, and the rows that fit."""
+
+from dataclasses import dataclass
+
+import torch
+
+from xopd_kernels import native_matmul
+from xopd_kernels.backend import Backend
+from xopd_kernels.native_scores import TILE_SUM_BYTES, tiles_of_call
+from xopd_kernels.workload import Operator, Workload
+
+MIB = 2**20
+DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
+DEFAULT_CUDA_BYTES = 640_000_000  # about 1000 rows of 152,000 fp32 logits
+BLOCK_BYTES = MIB  # a copy of some rows of logits on the CPU: it stays in a core's cache
+PIECE_BYTES = MIB // 4  # a temporary where element-wise work has many of them
+DEFAULT_MIN_ROWS = 16  # what the default budget may exceed itself for at a huge vocabulary
+MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
+MAX_NATIVE_SCORING_ROWS = 2048  # as many as GEMMs over a tile of classes gain from
+MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
+TRITON_ROW_STEP = 128  # rows of a tile
+_LEAST_PIECE_BYTES = 64
+_PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of workspace: for each row of a chunk, and whatever the chunk."""
+
+    logits: int  # a row of every [rows, V] buffer
+    scratch: int  # a row of everything else
+    row: int  # a row of one [rows, V] buffer
+    pieces: int  # temporaries of PIECE_BYTES that exist at a time
+    tile_row: int  # a class of the weight tile; 0 where nothing is upcast
+    tile_limit: int  # the whole weight
+    step: int  # chunks are a multiple of it, if they hold that many rows
+    least_rows: int
+    default_bytes: int
+    error: str  # how an error names the call
+    tile_step: int = 1  # the tile is a multiple of as many classes
+    fixed: int = 0  # whatever the chunk, beside it
+    kept: int = 0  # NATIVE: a row of all that wait for their d_weight, see `chunk.native_kept`
+
+    @classmethod
+    def of(cls, work: Workload, backend: Backend) -> "Needs":
+        size, is_divergence = work.arithmetic.itemsize, work.operator is Operator.DIVERGENCE
+        error = (
+            f"V={work.vocab_size}, D={work.dim}, {work.dtype} and {work.operator.value} on "
+            f"{backend.name}"
+        )
+        if backend is Backend.TRITON:
+            is_scoring = work.operator in (Operator.LOGPROB, Operator.POLICY_LOSS)
+            stored = 1 + is_divergence if work.has_gradient or not is_scoring else 0
+            slabs = -(-work.vocab_size // _PARTIAL_CLASSES)
+            hidden = max(work.dim, work.teacher_dim) * work.dtype.itemsize
+            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64 + 16 * work.top_k
+            logits = stored * size * work.vocab_size
+            return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
+        if backend is Backend.NATIVE:
+            return cls._of_native(work, error)
+        # The slope of the softcap is kept beside the logits until they have become a gradient.
+        has_slope = work.has_softcap and work.has_gradient
+        row = size * work.vocab_size
+        logits = row * (1 + is_divergence + has_slope + work.needs_entropy)
+        # Hidden states and their gradient in the dtype of the arithmetic, the gradient once more as
+        # it is rounded; a chunk's statistics.
+        scratch = (2 * work.dim + work.teacher_dim + 4 * work.top_k + 32) * size
+        scratch += work.dim * work.dtype.itemsize * (work.dtype != work.arithmetic)
+        pieces = 12 if is_divergence else 0  # of the Jensen-Shannon divergence: eleven and masks
+        dtypes = {work.dtype, work.teacher_dtype or work.dtype}
+        widest = max(work.dim, work.teacher_dim) * size * (dtypes != {work.arithmetic})
+        limit = widest * work.vocab_size
+        return cls(logits, scratch, row, pieces, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error)
+
+    @classmethod
+    def _of_native(cls, work: Workload, error: str) -> "Needs":
+        models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
+        tile, dim, size = work.tile_classes, work.dim, work.dtype.itemsize
+        logits = 4 * work.vocab_size * models if is_stored else 0
+        # A tile of logits or of their gradient; hidden states and their gradient; of the policy
+        # loss also the hidden states with a gradient.
+        copies = 1 + (work.operator is Operator.POLICY_LOSS)
+        scratch = 4 * (tile + dim + 32) + 72 * work.top_k
+        scratch += dim * size * (work.dtype != torch.float32)  # d_hidden rounded
+        scratch += work.teacher_dim * _factor_bytes(work.teacher_or_own_dtype, work.teacher_dim)
+        scratch += copies * dim * _factor_bytes(work.dtype, dim)
+        whole, fixed = native_matmul.whole, 0
+        packs = native_matmul.multiplies(work.dtype, dim)
+        packs_teacher = native_matmul.multiplies(work.teacher_or_own_dtype, work.teacher_dim)
+        for width in (dim * packs, work.teacher_dim * packs_teacher):
+            # Packed, and the sums of tiles: in whole blocks of rows.
+            tiles = tiles_of_call(work.vocab_size) * (width > 0)
+            of_row = 2 * width + tiles * TILE_SUM_BYTES
+            scratch += of_row
+            fixed += of_row * (native_matmul.BLOCK - 1)
+        # Tiles of the weight, packed or upcast; one of the teacher's or of d_weight unrounded.
+        row = 4 * dim * (work.dtype != torch.float32 and not packs)
+        if packs and work.has_gradient:
+            scratch += 4 * (tile + 1) + 2 * whole(dim)  # d_logit twice, hidden states
+            fixed += 2 * whole(dim) + 2 * tile
+            row = 2 * whole(dim)
+        row += 4 * work.shared_tile_dim
+        limit = (tile + tile % 2) * row
+        step = 2 if row else 1
+        kept = 2 * dim + 2 * whole(dim) + 2 * tile  # hidden states, packed; a tile of d_logit
+        return cls(
+            logits, scratch, 0, 0, row, limit, 1, 1, DEFAULT_CPU_BYTES, error, step, fixed, kept
+        )
+
+    def tile(self, budget: int) -> int:
+        """Bytes of the weight tile: a quarter of the budget, whole classes, at least one step."""
+        if self.tile_row == 0:
+            return 0
+        step = self.tile_step * self.tile_row
+        return min(self.tile_limit, max(1, budget // 4 // step) * step)
+
+    def block(self, budget: int) -> int:
+        """Bytes of a copy of rows: at least one."""
+        return max(self.row, min(BLOCK_BYTES, budget // 32))
+
+    def piece(self, budget: int) -> int:
+        """Bytes of a temporary that may be a part of a row."""
+        return max(_LEAST_PIECE_BYTES, min(PIECE_BYTES, budget // 64))
+
+    def blocks(self, budget: int) -> int:
+        """Bytes of all temporaries of element-wise work; a row block has a copy and a result."""
+        return 2 * self.block(budget) * (self.row > 0) + self.pieces * self.piece(budget)
+
+    def rows(self, budget: int) -> int:
+        """Rows that fit beside the rest."""
+        rest = budget - max(self.blocks(budget), self.tile(budget)) - self.fixed
+        return rest // (self.logits + self.scratch)
+
+    def smallest(self, rows: int) -> int:
+        """A budget that holds `rows` rows: blocks and tile take shares of it, or their minimum."""
+        rest = rows * (self.logits + self.scratch) + self.fixed
+        tile = self.tile_step * self.tile_row
+        rest += max(2 * self.row + self.pieces * _LEAST_PIECE_BYTES, tile)
+        # Of 64 parts: one for each piece, two for each block, or a quarter for the tile.
+        blocks = self.pieces + 4 * (self.row > 0)
+        return rest * 64 // (64 - max(blocks, 16 * (self.tile_row > 0))) + 1
+
+
+def budget_of(needs: Needs, given: int | None) -> int:
+    if given is None:
+        return max(needs.default_bytes, needs.smallest(DEFAULT_MIN_ROWS))
+    least = needs.smallest(needs.least_rows)
+    if given < least:
+        raise ValueError(
+            f"memory_budget_bytes must be at least {least} for {needs.error}, got {given}"
+        )
+    return given
+
+
+def fitting_rows(work: Workload, needs: Needs, budget: int) -> int:
+    fitting = needs.rows(budget)
+    if fitting >= needs.step:
+        fitting = fitting // needs.step * needs.step
+    most = MAX_CHUNK_ROWS
+    if not needs.logits:
+        most = MAX_SCORING_ROWS if needs.step > 1 else MAX_NATIVE_SCORING_ROWS
+    return max(1, min(work.rows, most, fitting))
+
+
+def _factor_bytes(dtype: torch.dtype, dim: int) -> int:
+    """A number of NATIVE's hidden states: see `chunk.native_gemm.as_factor`."""
+    return 2 if native_matmul.multiplies(dtype, dim) else 4

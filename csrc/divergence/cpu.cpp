@@ -33,38 +33,7 @@ struct Term {
   Floats slope;
 };
 
-// The terms of a pair of log-probabilities, p of the student and q of the teacher.
-template <Kind KIND>
-struct Divergence {
-  Floats beta;
-  Floats rest;  // 1 - beta
-
-  static Divergence of(double beta) {
-    return {splat(static_cast<float>(beta)), splat(static_cast<float>(1.0 - beta))};
-  }
-
-  Term term(Floats log_p, Floats log_q) const {
-    const Floats p = exp(log_p), q = exp(log_q);
-    // Both are -inf where neither has mass.
-    const Floats ratio = log_p == log_q ? Floats{} : log_q - log_p;
-    if constexpr (KIND == Kind::TEACHER_STUDENT) return {kl_terms(-ratio, q, p), -q};
-    if constexpr (KIND == Kind::STUDENT_TEACHER) {
-      return {kl_terms(ratio, p, q), p == Floats{} ? Floats{} : -ratio * p};
-    }
-    // m is the larger of p and q times 1 - share (1 - smaller / larger): a difference of log m
-    // and log p would lose the digits of small ratios.
-    const auto p_is_larger = ratio <= Floats{};
-    const Floats share = p_is_larger ? beta : rest;
-    const Floats over_larger = log1p(expm1(-absolute(ratio)) * share);
-    const Floats over_p = p_is_larger ? over_larger : over_larger + ratio;
-    const Floats over_q = p_is_larger ? over_larger - ratio : over_larger;
-    const Floats m = p * rest + q * beta;
-    const Floats value = beta * kl_terms(over_q, q, m) + rest * kl_terms(over_p, p, m);
-    return {value, p == Floats{} ? Floats{} : over_p * p * -rest};
-  }
-};
-
-// log p of one row, piece by piece.
+// A row's log-probs of one model: log p = (z - maximum) - log_total.
 struct RowLogprob {
   Floats maximum;
   Floats log_total;
@@ -76,20 +45,94 @@ struct RowLogprob {
   Floats at(const Buffer& z, int64_t i) const { return (load(z.values + i) - maximum) - log_total; }
 };
 
+// Both models' log-probs of a piece of a row, p of the student and q of the teacher, and what is
+// made of them step by step: each step is a loop of its own, because in one loop the chain from an
+// exponential to a logarithm to a polynomial would leave the processor too few independent classes.
+struct Pair {
+  Buffer student;  // z, later p
+  Buffer teacher;  // z, later q
+  Buffer ratio;    // log(q / p)
+  Buffer over;     // log(m / the larger of p and q), m the mixture
+
+  // p, q and the ratio; without `has_value` only what the slope needs.
+  void to_probabilities(const RowLogprob& p, const RowLogprob& q, int64_t count, bool has_value) {
+    for (int64_t i = 0; i < padded(count); i += WIDTH) {
+      const Floats log_p = p.at(student, i), log_q = q.at(teacher, i);
+      // Both are -inf where neither has mass.
+      store(ratio.values + i, log_p == log_q ? Floats{} : log_q - log_p);
+      store(student.values + i, exp(log_p));
+      if (has_value) store(teacher.values + i, exp(log_q));
+    }
+  }
+
+  // m is the larger of p and q times 1 - share (1 - smaller / larger): a difference of log m and
+  // log p would lose the digits of small ratios.
+  void to_mixture(Floats beta, Floats rest, int64_t count) {
+    for (int64_t i = 0; i < padded(count); i += WIDTH) {
+      const Floats r = load(ratio.values + i);
+      store(over.values + i, expm1(-absolute(r)) * (r <= Floats{} ? beta : rest));
+    }
+    for (int64_t i = 0; i < padded(count); i += WIDTH) {
+      store(over.values + i, log1p(load(over.values + i)));
+    }
+  }
+};
+
+template <Kind KIND>
+struct Divergence {
+  Floats beta;
+  Floats rest;  // 1 - beta
+
+  static Divergence of(double beta) {
+    return {splat(static_cast<float>(beta)), splat(static_cast<float>(1.0 - beta))};
+  }
+
+  // From logits to what `term` (or, without `has_value`, `slope`) reads.
+  void prepare(Pair& pair, const RowLogprob& p, const RowLogprob& q, int64_t count,
+               bool has_value) const {
+    // KL(teacher || student): its slope is -q.
+    pair.to_probabilities(p, q, count, has_value || KIND == Kind::TEACHER_STUDENT);
+    if constexpr (KIND == Kind::MIXTURE) pair.to_mixture(beta, rest, count);
+  }
+
+  Term term(const Pair& pair, int64_t i) const {
+    const Floats p = load(pair.student.values + i), q = load(pair.teacher.values + i);
+    const Floats ratio = load(pair.ratio.values + i);
+    if constexpr (KIND == Kind::TEACHER_STUDENT) return {kl_terms(-ratio, q, p), -q};
+    if constexpr (KIND == Kind::STUDENT_TEACHER) return {kl_terms(ratio, p, q), slope(pair, i)};
+    const Floats over_larger = load(pair.over.values + i);
+    const auto p_is_larger = ratio <= Floats{};
+    const Floats over_p = p_is_larger ? over_larger : over_larger + ratio;
+    const Floats over_q = p_is_larger ? over_larger - ratio : over_larger;
+    const Floats m = p * rest + q * beta;
+    const Floats value = beta * kl_terms(over_q, q, m) + rest * kl_terms(over_p, p, m);
+    return {value, p == Floats{} ? Floats{} : over_p * p * -rest};
+  }
+
+  Floats slope(const Pair& pair, int64_t i) const {
+    if constexpr (KIND == Kind::TEACHER_STUDENT) return -load(pair.teacher.values + i);
+    const Floats p = load(pair.student.values + i), ratio = load(pair.ratio.values + i);
+    if constexpr (KIND == Kind::STUDENT_TEACHER) return p == Floats{} ? Floats{} : -ratio * p;
+    const Floats over_larger = load(pair.over.values + i);
+    const Floats over_p = ratio <= Floats{} ? over_larger : over_larger + ratio;
+    return p == Floats{} ? Floats{} : over_p * p * -rest;
+  }
+};
+
 template <Kind KIND>
 void add_row(const xopd_divergence& call, int64_t row) {
-  Buffer student, teacher;
+  Pair pair;
   const auto divergence = Divergence<KIND>::of(call.beta);
   const RowLogprob p = RowLogprob::of(call.student, row), q = RowLogprob::of(call.teacher, row);
   for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
     const int64_t count = std::min(PIECE, call.classes - begin);
-    transform(call.student.logits, row, begin, count, student, nullptr);
-    transform(call.teacher.logits, row, begin, count, teacher, nullptr);
+    transform(call.student.logits, row, begin, count, pair.student, nullptr);
+    transform(call.teacher.logits, row, begin, count, pair.teacher, nullptr);
+    divergence.prepare(pair, p, q, count, true);
     Sum values, slopes;
     for (int64_t i = 0; i < padded(count); i += STEP) {
       for (int64_t k = 0; k < UNROLL; ++k) {
-        const int64_t at = i + k * WIDTH;
-        const Term term = divergence.term(p.at(student, at), q.at(teacher, at));
+        const Term term = divergence.term(pair, i + k * WIDTH);
         values.lanes[k] += term.value;
         slopes.lanes[k] += term.slope;
       }
@@ -101,7 +144,8 @@ void add_row(const xopd_divergence& call, int64_t row) {
 
 template <Kind KIND>
 void write_row(const xopd_divergence_gradient& call, int64_t row) {
-  Buffer student, teacher, slopes;
+  Pair pair;
+  Buffer slopes;
   const xopd_logits& logits = call.student.logits;
   Buffer* slope = logits.cap == 0.0f ? nullptr : &slopes;
   const auto divergence = Divergence<KIND>::of(call.beta);
@@ -110,14 +154,13 @@ void write_row(const xopd_divergence_gradient& call, int64_t row) {
   const Floats scaled_weight = weight * logits.scale;
   for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
     const int64_t count = std::min(PIECE, call.classes - begin);
-    transform(logits, row, begin, count, student, slope);
-    transform(call.teacher.logits, row, begin, count, teacher, nullptr);
+    transform(logits, row, begin, count, pair.student, slope);
+    transform(call.teacher.logits, row, begin, count, pair.teacher, nullptr);
+    divergence.prepare(pair, p, q, count, false);
     float* out = call.out + row * call.out_row_stride + begin;
     const auto value = [&](int64_t at) {
-      const Floats log_p = p.at(student, at);
-      const Term term = divergence.term(log_p, q.at(teacher, at));
       const Floats factor = slope == nullptr ? scaled_weight : weight * load(slope->values + at);
-      return factor * (term.slope - exp(log_p) * slope_sum);
+      return factor * (divergence.slope(pair, at) - load(pair.student.values + at) * slope_sum);
     };
     int64_t i = 0;
     for (; i + WIDTH <= count; i += WIDTH) store(out + i, value(i));

@@ -25,7 +25,7 @@ class _Pack(ctypes.Structure):
 
 class _Round(ctypes.Structure):
     _fields_ = (
-        *pointers("source"),
+        *pointers("source", "bf16_source"),
         *sizes("rows", "columns", "row_stride"),
         *pointers("straight", "transposed"),
     )
@@ -91,14 +91,16 @@ def pack(matrix: Tensor, words: Tensor | None = None, is_transposed: bool = Fals
 def round_both(
     values: Tensor, straight: Tensor | None, transposed: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`values` [rows, columns] fp32 rounded to bf16, as they stand and transposed: left factors.
+    """`values` [rows, columns] fp32 or bf16 in bf16, as they stand and transposed: left factors.
 
     `straight`, `transposed`: flat bf16 memory for them, None where one is not wanted. They come
     back as [rows, columns] and [columns, rows], with a 0 after each row of an odd length. Raises
     TypeError/ValueError for a tensor that does not fit, RuntimeError without the products.
     """
     rows, columns = values.shape
-    source = block("values", values, torch.float32)
+    is_bf16 = values.dtype == torch.bfloat16
+    source = block("values", values, torch.bfloat16 if is_bf16 else torch.float32)
+    sources = (None, source) if is_bf16 else (source, None)
     results: list[Tensor | None] = []
     for name, to, height, width in (
         ("straight", straight, rows, columns),
@@ -112,7 +114,7 @@ def round_both(
             address(name, result, torch.bfloat16, (height, even))
         results.append(result)
     addresses = (None if x is None else x.data_ptr() for x in results)
-    call("xopd_run_round", _Round(source, rows, columns, values.stride(0), *addresses))
+    call("xopd_run_round", _Round(*sources, rows, columns, values.stride(0), *addresses))
     first, second = results
     return (
         None if first is None else first[:, :columns],

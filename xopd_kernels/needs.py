@@ -102,7 +102,9 @@ class Needs:
         row += 4 * work.shared_tile_dim
         limit = (tile + tile % 2) * row
         step = 2 if row else 1
-        kept = 2 * dim + 2 * whole(dim) + 2 * tile  # hidden states, packed; a tile of d_logit
+        # Hidden states, those of all chunks in one or a tile of d_logit, packed; their gradient.
+        kept = 2 * dim + 2 * max(dim, tile) + 2 * whole(dim) + 4 * dim
+        kept += 2 * (tile + 1) * (work.vocab_size % 2)
         return cls(
             logits, scratch, 0, 0, row, limit, 1, 1, DEFAULT_CPU_BYTES, error, step, fixed, kept
         )

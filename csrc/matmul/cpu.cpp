@@ -100,8 +100,9 @@ XOPD_BF16 void round_rows(const xopd_round& call, int64_t group) {
     for (int64_t i = 0; i < 2 * LANES; ++i) {
       row[i] = _mm256_setzero_si256();
       if (i >= rows) continue;
-      const float* from = call.from + (begin + i) * call.row_stride + column;
-      row[i] = rounded(_mm512_maskz_loadu_ps(mask, from));
+      const int64_t at = (begin + i) * call.row_stride + column;
+      row[i] = call.from != nullptr ? rounded(_mm512_maskz_loadu_ps(mask, call.from + at))
+                                    : _mm256_maskz_loadu_epi16(mask, call.from_bf16 + at);
       if (call.straight != nullptr) {
         uint16_t* to = call.straight + (begin + i) * width + column;
         _mm256_mask_storeu_epi16(to, first(width - column), row[i]);

@@ -20,9 +20,10 @@ struct xopd_pack {
   uint32_t* to;
 };
 
-// fp32 [rows, columns] rounded to bf16: as it stands, and transposed.
+// fp32 [rows, columns] rounded to bf16, or bf16: as it stands, and transposed.
 struct xopd_round {
-  const float* from;
+  const float* from;  // or null:
+  const uint16_t* from_bf16;
   int64_t rows, columns;
   int64_t row_stride;
   uint16_t* straight;    // [rows, columns + columns % 2], the padding 0; or null

@@ -18,7 +18,7 @@ from xopd_kernels import (
 from xopd_kernels.memory import Panel, next_kept_rows
 
 BF16 = torch.bfloat16
-VOCAB_SIZE = 4100  # five tiles
+VOCAB_SIZE = 4101  # five tiles, the last one odd
 BUDGET = 3_800_000  # holds 128 rows at a time, and fewer beside their logits
 
 
@@ -136,7 +136,7 @@ def test_the_chunks_fit(dim: int, models: int) -> None:
         step = next_kept_rows(dim // 2, models, kept, rows - kept, panel.kept_step)
         assert step > 0 and 2 * kept + 4 * models * step <= 2 * dim
         kept, chunks = kept + step, chunks + 1
-    assert kept == rows and 2 <= chunks <= 10
+    assert kept == rows and 2 <= chunks <= rows / 64
 
 
 def test_where_it_does_not_apply() -> None:

@@ -114,9 +114,10 @@ def test_threads_change_nothing(threads: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(SIZES, SIZES, st.integers(0, 3))
-def test_rounding_both_ways(rows: int, columns: int, gap: int) -> None:
-    values = torch.randn(rows, columns + gap, generator=seeded(rows))[:, :columns]
+@given(SIZES, SIZES, st.integers(0, 3), st.sampled_from([FP32, BF16]))
+def test_rounding_both_ways(rows: int, columns: int, gap: int, dtype: torch.dtype) -> None:
+    """fp32; bf16 as it is."""
+    values = torch.randn(rows, columns + gap, generator=seeded(rows)).to(dtype)[:, :columns]
     memory = [torch.full((22_800,), torch.nan, dtype=BF16) for _ in range(2)]
     straight, transposed = round_both(values, *memory)
     assert straight is not None and transposed is not None
@@ -188,4 +189,4 @@ def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="straight must have 16 elements, got 15"):
         round_both(torch.zeros(4, 4), torch.empty(15, dtype=BF16), None)
     with pytest.raises(TypeError, match="values must be"):
-        round_both(torch.zeros(4, 4, dtype=BF16), None, None)
+        round_both(torch.zeros(4, 4, dtype=torch.float16), None, None)

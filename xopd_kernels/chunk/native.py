@@ -25,7 +25,7 @@ from xopd_kernels.chunk.native_gemm import (
     Fp32Gradient,
     as_factors,
 )
-from xopd_kernels.chunk.native_kept import KeptGradient
+from xopd_kernels.chunk.native_kept import KeptGradient, KeptRows
 from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
 from xopd_kernels.native_matmul import Packed, multiplies
 from xopd_kernels.native_scores import Outputs
@@ -128,7 +128,8 @@ class GradientSum(NamedTuple):
             if out.dtype == fp32:
                 total = out
             elif call.panel.is_kept(live.live):
-                kept = KeptGradient(out, call.work.models, call.panel)
+                assert isinstance(model.gemms, Bf16Gemms)
+                kept = KeptGradient(out, model.gemms, call.work.models, call.panel)
             elif not is_one_chunk:
                 total = weight.new_empty(weight.shape, dtype=fp32)
         is_rounded = total is None and out is not None
@@ -171,34 +172,51 @@ class GradientSum(NamedTuple):
         each tile of d_weight what does not come from these rows.
         """
         hidden = chunk.hidden if alive is None else chunk.hidden[alive]
-        fp32 = hidden.new_empty(0, dtype=torch.float32)
+        if self.kept is not None:
+            self._keep(KeptRows(chunk.part, alive, hidden), write)
+            return
         d_hidden, is_direct = None, False
         if self.hidden is not None:
             # The rows of d_hidden themselves, zeros as yet, where all of them are fp32 and alive.
             is_direct = alive is None and self.live.kept is None
             is_direct &= self.hidden.dtype == torch.float32
-            d_hidden = self.hidden[chunk.part] if is_direct else fp32.new_zeros(hidden.shape)
+            d_hidden = self.hidden[chunk.part] if is_direct else _zeros(hidden)
         gemms = self.model.gemms.gradient(hidden, self.d_tile)
-        buffer = fp32.new_empty(len(hidden) * self.model.step)
-        for tile in self.model.tiles():
-            count = tile.stop - tile.start
-            d_logit = buffer[: len(hidden) * count].view(len(hidden), count)
-            write(tile, d_logit)
-            if self.kept is None:
-                self._add_tile(gemms, tile, d_logit, d_hidden, chunk.part, add_to)
-            else:
-                assert isinstance(gemms, Bf16Gradient) and add_to is None
-                gemms.add_hidden(tile, d_logit, d_hidden, self.kept.block(tile, len(hidden)))
-            if self.bias is not None:
-                self.bias[tile] += d_logit.sum(0)
-        if self.kept is not None:
-            self.kept.hidden.append(hidden)
-            if chunk.part.stop == self.live.live:
-                self.kept.write(list(self.model.tiles()))
+        for tile, d_logit in self._tiles(len(hidden), write):
+            self._add_tile(gemms, tile, d_logit, d_hidden, chunk.part, add_to)
         if self.hidden is not None and d_hidden is not None:
             self.call.shard.sum_(d_hidden)
             if not is_direct:
                 self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
+
+    def _tiles(self, rows: int, write: Write) -> Iterator[tuple[slice, Tensor]]:
+        """d(loss)/d(linear output) [rows, T] tile by tile, in one buffer; d_bias has its sum."""
+        buffer = torch.empty(rows * self.model.step)
+        for tile in self.model.tiles():
+            count = tile.stop - tile.start
+            d_logit = buffer[: rows * count].view(rows, count)
+            write(tile, d_logit)
+            if self.bias is not None:
+                self.bias[tile] += d_logit.sum(0)
+            yield tile, d_logit
+
+    def _keep(self, rows: KeptRows, write: Write) -> None:
+        """Add a chunk whose d_logit waits for the last one."""
+        kept = self.kept
+        assert kept is not None
+        for tile, d_logit in self._tiles(len(rows.hidden), write):
+            kept.keep(tile, d_logit)
+        kept.chunks.append(rows)
+        if rows.part.stop < self.live.live:
+            return
+        sizes = [len(chunk.hidden) for chunk in kept.chunks]
+        d_hidden = None if self.hidden is None else _zeros(rows.hidden, sum(sizes))
+        kept.write(list(self.model.tiles()), d_hidden)
+        if self.hidden is None or d_hidden is None:
+            return
+        self.call.shard.sum_(d_hidden)
+        for chunk, part in zip(kept.chunks, d_hidden.split(sizes), strict=True):
+            self.hidden[self.live.rows(chunk.part, chunk.alive)] = part.to(self.hidden.dtype)
 
     def _add_tile(
         self,
@@ -243,6 +261,12 @@ class GradientSum(NamedTuple):
             nothing(0, dtype=weight_dtype) if weight is None else weight,
             nothing(0, dtype=held) if self.bias is None else self.bias.to(held),
         )
+
+
+def _zeros(like: Tensor, rows: int | None = None) -> Tensor:
+    """[rows, D] fp32; None: as many as `like` [rows, D] has."""
+    shape = (len(like) if rows is None else rows, like.shape[1])
+    return like.new_zeros(shape, dtype=torch.float32)
 
 
 def _tile(rows: int, weight: Tensor, spare: Tensor | None) -> Tensor:

@@ -152,18 +152,13 @@ class Bf16Gradient(NamedTuple):
         is_added: bool,
     ) -> None:
         """As `Fp32Gradient.add`."""
-        kept = None if d_weight is None else self.transposed
-        transposed = self.add_hidden(tile, d_logit, d_hidden, kept)
-        if d_weight is not None and transposed is not None:
-            product(transposed, self.hidden, d_weight, is_added)
-
-    def add_hidden(
-        self, tile: slice, d_logit: Tensor, d_hidden: Tensor | None, kept: Tensor | None
-    ) -> Tensor | None:
-        """d_hidden alone, and d_logit.T [T, rows] in bf16, the other factor, in `kept` (flat)."""
-        straight = None if d_hidden is None else self.straight
-        straight, transposed = round_both(d_logit, straight, kept)
+        straight, transposed = round_both(
+            d_logit,
+            None if d_hidden is None else self.straight,
+            None if d_weight is None else self.transposed,
+        )
         if d_hidden is not None and straight is not None:
             weight = pack(self.gemms.rows(tile), self.words)
             product(straight, weight, d_hidden, is_added=True)
-        return transposed
+        if d_weight is not None and transposed is not None:
+            product(transposed, self.hidden, d_weight, is_added)

@@ -1,60 +1,85 @@
 """A bf16 d_weight of several chunks without an fp32 sum: d_logit waits for the last chunk.
 
-The GEMMs of the gradients read d_logit rounded to bf16, an eighth (two models) or a quarter of the
-logits that it is made of. So each chunk leaves it, transposed, at the start of every tile's part of
-d_weight; the next one has its logits behind it, and fewer rows. When all rows are there, one
-GEMM a tile replaces them by d_weight, which is rounded once.
+The GEMMs of the gradients read d_logit rounded to bf16, a quarter (of two models) or half of the
+logits that it is made of. So each chunk leaves it at the start of every tile's part of d_weight;
+the next one has its logits behind it, and fewer rows. When all rows are there, one GEMM a tile
+adds to d_hidden, and another one replaces them by d_weight, which is rounded once.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from xopd_kernels.chunk.native_gemm import Bf16Gemms
 from xopd_kernels.memory import Panel, next_kept_rows
-from xopd_kernels.native_matmul import pack, product
+from xopd_kernels.native_matmul import pack, packed_size, product, round_both
 from xopd_kernels.native_scores import Outputs
+
+
+class KeptRows(NamedTuple):
+    """The rows of a chunk that have a gradient."""
+
+    part: slice  # the live rows of the chunk
+    alive: Tensor | None  # those of them, int64; None: all
+    hidden: Tensor  # [rows, D] bf16
 
 
 class KeptGradient:
     """d_logit of the chunks so far, in the memory of d_weight."""
 
-    def __init__(self, weight: Tensor, models: int, panel: Panel) -> None:
+    def __init__(self, weight: Tensor, gemms: Bf16Gemms, models: int, panel: Panel) -> None:
         self.weight = weight  # [V, D] bf16: d_weight
+        self.gemms = gemms
         self.models = models
         self.panel = panel
-        self.hidden: list[Tensor] = []  # [rows, D] bf16 of each chunk
+        self.chunks: list[KeptRows] = []
 
     @property
     def _rows(self) -> int:
-        """Rows that are kept, an odd chunk with a row of zeros."""
-        return sum(len(hidden) + len(hidden) % 2 for hidden in self.hidden)
+        return sum(len(chunk.hidden) for chunk in self.chunks)
 
     def place(self, rows: int) -> tuple[Outputs, int]:
         """Where the logits of the next chunk lie, and how many of the `rows` left it has."""
         words, width = self.weight.view(torch.float32).view(-1), self.weight.shape[1] // 2
-        step = next_kept_rows(width, self.models, self._rows, rows, self.panel.kept_step)
-        return Outputs(words, width, self._rows // 2), step
+        kept = self._rows + self._rows % 2
+        step = next_kept_rows(width, self.models, kept, rows, self.panel.kept_step)
+        return Outputs(words, width, kept // 2), step
 
-    def block(self, tile: slice, rows: int) -> Tensor:
-        """Memory for d_logit.T [T, rows] of the next chunk, flat, over its own logits."""
-        classes, width = tile.stop - tile.start, self.weight.shape[1]
-        begin = tile.start * width + classes * self._rows
-        return self.weight.view(-1)[begin : begin + classes * (rows + rows % 2)]
+    def _block(self, tile: slice, first: int, rows: int) -> Tensor:
+        """d_logit [rows, T] of a tile, from the row `first` of those that are kept."""
+        classes = tile.stop - tile.start
+        begin = tile.start * self.weight.shape[1] + first * classes
+        return self.weight.view(-1)[begin : begin + rows * classes].view(rows, classes)
 
-    def write(self, tiles: list[slice]) -> None:
-        """Replace what is kept by d_weight."""
-        hidden = torch.cat(self.hidden)
-        rows, packed = len(hidden), pack(hidden)
+    def keep(self, tile: slice, d_logit: Tensor) -> None:
+        """Leave d_logit [rows, T] fp32 of the next chunk, over its own logits."""
+        rows, classes = d_logit.shape
+        block = self._block(tile, self._rows, rows)
+        if classes % 2 == 0:
+            round_both(d_logit, block.view(-1), None)
+        else:  # rows of an odd length would be padded
+            block.copy_(d_logit)
+
+    def write(self, tiles: list[slice], d_hidden: Tensor | None) -> None:
+        """Replace what is kept by d_weight; `d_hidden` [rows, D] fp32: added to."""
+        hidden = torch.cat([chunk.hidden for chunk in self.chunks])
+        rows, dim = hidden.shape
         if rows == 0:
             self.weight.zero_()
             return
-        even = rows + rows % 2
-        buffer = hidden.new_zeros(max(tile.stop - tile.start for tile in tiles), even)
+        packed, step = pack(hidden), self.gemms.step
+        del hidden
+        words = self.weight.new_empty(packed_size(step, dim), dtype=torch.int32)
+        transposed = self.weight.new_empty(step * (rows + rows % 2))
         for tile in tiles:
-            d_logit, begin, source = buffer[: tile.stop - tile.start], 0, tile.start
-            source *= self.weight.shape[1]
-            for part in self.hidden:
-                width = len(part) + len(part) % 2
-                kept = self.weight.view(-1)[source : source + len(d_logit) * width]
-                d_logit[:, begin : begin + len(part)] = kept.view(-1, width)[:, : len(part)]
-                begin, source = begin + len(part), source + kept.numel()
-            product(d_logit[:, :rows], packed, self.weight[tile])
+            d_logit = self._block(tile, 0, rows)
+            count, padded = tile.stop - tile.start, None
+            if count % 2:
+                padded = self.weight.new_empty(rows * (count + 1))
+            straight, other = round_both(d_logit, padded, transposed)
+            if d_hidden is not None:
+                weight = pack(self.gemms.rows(tile), words)
+                product(d_logit if straight is None else straight, weight, d_hidden, is_added=True)
+            assert other is not None
+            product(other, packed, self.weight[tile])

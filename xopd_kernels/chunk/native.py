@@ -191,7 +191,7 @@ class GradientSum(NamedTuple):
 
     def _tiles(self, rows: int, write: Write) -> Iterator[tuple[slice, Tensor]]:
         """d(loss)/d(linear output) [rows, T] tile by tile, in one buffer; d_bias has its sum."""
-        buffer = torch.empty(rows * self.model.step)
+        buffer = torch.empty(rows * self.model.step, dtype=torch.float32)
         for tile in self.model.tiles():
             count = tile.stop - tile.start
             d_logit = buffer[: rows * count].view(rows, count)

@@ -14,7 +14,7 @@ from xopd_kernels.backend import Backend
 from xopd_kernels.needs import MAX_CHUNK_ROWS, Needs, budget_of, fitting_rows
 from xopd_kernels.records import Wanted
 from xopd_kernels.validation import check_budget
-from xopd_kernels.workload import LIST_BYTES, SHARED_BLOCK, Operator, Workload
+from xopd_kernels.workload import LIST_BYTES, TAIL_BYTES, TAIL_CLASSES, Operator, Workload
 
 LIST_SLOT_BYTES = 40  # of a chunk's list: class, value, slope, what the rule and sorting need
 LIST_ROOM = 64  # slots of a list beyond its length: entries that come before it is cut
@@ -269,10 +269,11 @@ def _list_bytes(work: Workload, chunk: int) -> int:
     # In the backward pass: in the types of the kernels, and in the order of classes.
     copies = work.rows * length * 16 * is_kept
     slots = chunk * (length + work.top_k + LIST_ROOM)
-    shared = work.wanted.hidden * 4 * work.dim * (2 * SHARED_BLOCK + 4)
+    tail = TAIL_BYTES + work.arithmetic.itemsize * work.dim * (TAIL_CLASSES + 4)
+    tail *= work.wanted.hidden and not work.has_softcap
     # A row at a time is searched for its largest classes: its copy, their order, what is chosen.
     lists = max(copies, min(LIST_BYTES, slots * LIST_SLOT_BYTES))
-    return kept + lists + shared + 16 * work.vocab_size
+    return kept + lists + tail + 16 * work.vocab_size
 
 
 def _sum_bytes(work: Workload) -> int:

@@ -15,7 +15,8 @@ NATIVE_TILE_CLASSES = 1008
 NATIVE_TILE_ELEMENTS = 2**20
 
 LIST_BYTES = 40 * 2**20  # of all lists of a sparse gradient that exist at one time
-SHARED_ROWS, SHARED_BLOCK = 512, 32  # rows of the weight that `shared_row` takes, and at a time
+TAIL_CLASSES = 512  # that stand for those a sparse row leaves out
+TAIL_BYTES = 4 * 2**20  # of what is made of them at a time
 MIN_LIST, LIST_SHARE = 64, 32  # a list names at most max(64, V / 32) classes
 
 

@@ -19,7 +19,7 @@ from xopd_kernels import native_draw, native_sparse
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.native import AddTo, Chunk, GradientSum, Model, Stats, Write
 from xopd_kernels.chunk.reference import LOG_ZERO
-from xopd_kernels.chunk.sparse import Choice, raised_mass, row_uniform, shared_row
+from xopd_kernels.chunk.sparse import Choice, Tail, raised_mass, row_uniform
 from xopd_kernels.native_sparse import Bounds, ByClass, Listed, Lists
 from xopd_kernels.records import Sparsity
 from xopd_kernels.workload import LIST_BYTES, Operator
@@ -202,13 +202,13 @@ class SparseSum(NamedTuple):
 
     gradient: GradientSum
     hidden: Tensor  # [N, D]
-    shared: Tensor | None  # [D] of `shared_row`, where d_hidden is wanted
+    tail: Tail | None  # where d_hidden is wanted
 
     @classmethod
     def of(cls, gradient: GradientSum, hidden: Tensor) -> "SparseSum":
         """For all chunks of a call."""
-        shared = None if gradient.hidden is None else shared_row(gradient.call.head)
-        return cls(gradient, hidden, shared)
+        call, is_wanted = gradient.call, gradient.hidden is not None
+        return cls(gradient, hidden, Tail.of(call.head, call.dtype) if is_wanted else None)
 
     def add(self, chunk: Chunk, lists: Listed, choice: Choice, dense: DenseRows) -> None:
         """Add a chunk: the entries of its sparse rows, and what `dense` writes of the others."""
@@ -237,9 +237,13 @@ class SparseSum(NamedTuple):
         for begin in range(0, len(rows), step):
             part = rows[begin : begin + step]
             out = self._gathered(lists, part)
-            if self.shared is not None:
-                out.addr_(_row_sums(lists, part), self.shared, alpha=-1)
-            sums.hidden[out_rows[begin : begin + step]] = out.to(sums.hidden.dtype)
+            places = out_rows[begin : begin + step]
+            if self.tail is not None:
+                slot = torch.arange(lists.values.shape[1])
+                is_entry = slot < lists.counts[part, None]
+                given = (lists.ids[part], lists.values[part], is_entry)
+                self.tail.subtract(out, self.hidden[places], *given)
+            sums.hidden[places] = out.to(sums.hidden.dtype)
 
     def _gathered(self, lists: Listed, rows: Tensor) -> Tensor:
         """[n, D] fp32: the sums of entry times row of the weight of the lists `rows` [n]."""
@@ -301,12 +305,6 @@ class EntrySum(NamedTuple):
                 bias = None if sums.bias is None else sums.bias[tile]
                 native_sparse.scatter(self.entries, tile, self.hidden, out, bias, adds=False)
                 sums.weight[tile] = out
-
-
-def _row_sums(lists: Listed, rows: Tensor) -> Tensor:
-    """[n] fp32 sum of the entries of `rows` [n]; what follows the entries is uninitialised."""
-    slot = torch.arange(lists.values.shape[1])
-    return lists.values[rows].where(slot < lists.counts[rows, None], 0.0).sum(1)
 
 
 def _has_unit_stride(matrix: Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
+from xopd_kernels.chunk.sparse import Tail
 from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.shard import VocabShard
 from xopd_kernels.validation import check_target_range
@@ -244,12 +245,12 @@ class GradientSum(NamedTuple):
         hidden: Tensor,
         d_logit: Tensor,
         alive: Tensor | None,
-        shared: Tensor | None = None,
+        tail: Tail | None = None,
     ) -> None:
         """Add a chunk; `d_logit` [rows, V] is scaled in place to d(linear output).
 
-        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`. `shared` [D]:
-        what is taken off the weight's rows for d_hidden, see `chunk.sparse.shared_row`.
+        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`. `tail`:
+        of a sparse gradient, whose classes left out are 0.
         """
         logits = self.logits
         if logits.slope is not None:
@@ -262,8 +263,9 @@ class GradientSum(NamedTuple):
             d_hidden = torch.zeros_like(hidden)
             for classes, tile in logits.weight_tiles():
                 d_hidden.addmm_(d_logit[:, classes], tile)
-            if shared is not None:
-                d_hidden.addr_(d_logit.sum(1), shared.to(d_hidden.dtype), alpha=-1)
+            if tail is not None:
+                listed = d_logit[:, :: tail.step] != 0
+                d_hidden -= d_logit.sum(1, keepdim=True) * tail.means(hidden, listed)
             rows = self.live.rows(part, alive)
             self.hidden[rows] = logits.call.shard.sum_(d_hidden).to(self.hidden.dtype)
         if self.weight is not None and part.start == 0 and self.sink.main_grad is None:

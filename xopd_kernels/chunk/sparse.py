@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.records import Head, Sparsity
-from xopd_kernels.workload import SHARED_BLOCK, SHARED_ROWS
+from xopd_kernels.workload import TAIL_BYTES, TAIL_CLASSES
 
 WHOLE_SHARE, OUTSIDE_SHARE, SPARED_SHARE = 1 / 16, 14 / 16, 1 / 16  # of the allowance
 LADDER_STEPS = 16  # thresholds for the entries of a list, each twice the one before
@@ -158,23 +158,61 @@ def bound_in_fp32(max_error: float) -> float:
     return float(bound.item())
 
 
-def shared_row(head: Head) -> Tensor | None:
-    """u [D] fp32, near the mean row of the weight [V, D]: about 512 rows from all over it.
+class Tail(NamedTuple):
+    """Evenly spaced classes that stand for all that the rows of a sparse gradient leave out.
 
-    ``sum_v dz_v = 0``, so that d_hidden is ``sum_v dz_v (W_v - u)`` with any u, and what all rows
-    of the weight have in common cancels. In the sum over the entries that are left it does not,
-    unless they are multiplied with ``W_v - u``: then a row of d_hidden is off by at most
-    ``||dz_i - dz'_i||_1 max_v ||W_v - u||``. None with a softcap, whose slopes differ.
+    ``sum_v dz_v = 0``, so that a row of d_hidden is ``sum_v dz_v (W_v - u)`` with any u: what the
+    rows of the weight W have in common cancels. In the sum over the entries that are left it does
+    not, unless u is near the mean of the rows that are left out, weighted with their
+    probabilities. For row i, u_i is that mean over about `TAIL_CLASSES` of them. The row of
+    d_hidden is then off by at most ``||dz_i - dz'_i||_1 max_v ||W_v - u_i||``.
     """
-    weight = head.weight
-    if head.softcap is not None:
-        return None
-    rows = weight[:: -(-len(weight) // SHARED_ROWS)]
-    total = weight.new_zeros(weight.shape[1], dtype=torch.float32)
-    for begin in range(0, len(rows), SHARED_BLOCK):
-        # Contiguous: in one order, whatever the strides.
-        total += rows[begin : begin + SHARED_BLOCK].contiguous().float().sum(0)
-    return total / len(rows)
+
+    step: int  # each so many-th class is one of them
+    weight: Tensor  # [S, D] their rows of the weight, in the dtype of the arithmetic
+    bias: Tensor | None  # [S]
+    scale: float
+
+    @classmethod
+    def of(cls, head: Head, dtype: torch.dtype) -> "Tail | None":
+        """None with a softcap: its slopes differ, and the sum is not 0."""
+        if head.softcap is not None:
+            return None
+        step = -(-len(head.weight) // TAIL_CLASSES)
+        bias = None if head.bias is None else head.bias[::step].to(dtype)
+        return cls(step, head.weight[::step].to(dtype).contiguous(), bias, head.scale_and_cap[0])
+
+    def listed(self, ids: Tensor, is_entry: Tensor) -> Tensor:
+        """[rows, S] bool: which of them are entries: `ids` [rows, K] where `is_entry` [rows, K]."""
+        count = len(self.weight)
+        place = torch.where(is_entry & (ids % self.step == 0), ids // self.step, count)
+        found = ids.new_zeros(len(ids), count + 1, dtype=torch.bool)
+        return found.scatter_(1, place.long(), True)[:, :count]
+
+    def means(self, hidden: Tensor, listed: Tensor) -> Tensor:
+        """u [rows, D] for `hidden` [rows, D], over the classes that are not `listed` [rows, S]."""
+        z = hidden.to(self.weight.dtype) @ self.weight.t()
+        if self.bias is not None:
+            z += self.bias
+        share = z.mul_(self.scale).masked_fill_(listed, -torch.inf).softmax(1)
+        # Where all of them are entries, or a logit is not finite: any u is right.
+        return share.nan_to_num_(1 / len(self.weight)) @ self.weight
+
+    def subtract(
+        self, d_hidden: Tensor, hidden: Tensor, ids: Tensor, values: Tensor, is_entry: Tensor
+    ) -> None:
+        """Take ``u_i sum_k values_ik`` off `d_hidden` [rows, D], some rows at a time.
+
+        `hidden` [rows, D]; `values` [rows, K] of the classes `ids`, where `is_entry`.
+        """
+        row_bytes = 16 * ids.shape[1] + self.weight.element_size() * (4 * len(self.weight))
+        step = max(1, TAIL_BYTES // (row_bytes + 2 * self.weight[0].nbytes))
+        for begin in range(0, len(hidden), step):
+            part = slice(begin, begin + step)
+            entries = values[part].where(is_entry[part], 0.0)
+            listed = self.listed(ids[part], entries != 0)
+            total = entries.sum(1, keepdim=True)
+            d_hidden[part] -= total * self.means(hidden[part], listed)
 
 
 def row_uniform(seed: int, rows: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from xopd_kernels.chunk.device_rows import Alive, RowStatistics
-from xopd_kernels.chunk.sparse import Choice, RowMass, shared_row
+from xopd_kernels.chunk.sparse import Choice, RowMass, Tail
 from xopd_kernels.chunk.triton import ChunkPipeline, GradientSum
 from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.target import device_guard
@@ -247,7 +247,7 @@ class SparseSum(NamedTuple):
     dense: GradientSum  # d_weight in `total`, in place
     total: Tensor | None  # [V, D] fp32; main_grad if there is one
     sink: GradientSink
-    shared: Tensor | None  # [D] of `shared_row`, where d_hidden is wanted
+    tail: Tail | None  # where d_hidden is wanted
 
     @classmethod
     def of(cls, pipeline: ChunkPipeline, hidden: Tensor, sink: GradientSink) -> "SparseSum":
@@ -256,8 +256,8 @@ class SparseSum(NamedTuple):
         if total is None and pipeline.call.wanted.weight:
             total = pipeline.weight.new_zeros(pipeline.weight.shape, dtype=torch.float32)
         dense, call = GradientSum.of(pipeline, hidden, GradientSink(total)), pipeline.call
-        shared = shared_row(call.head) if call.wanted.hidden else None
-        return cls(dense, total, sink, shared)
+        tail = Tail.of(call.head, call.dtype) if call.wanted.hidden else None
+        return cls(dense, total, sink, tail)
 
     def add(self, part: slice, hidden: Tensor, d_logit: Tensor, dense: Alive) -> None:
         """Add the dense rows of a chunk, as GradientSum.add."""
@@ -267,7 +267,7 @@ class SparseSum(NamedTuple):
         """Add the entries of rows: `hidden` [rows, D], `out_row` [rows] their numbers among N."""
         with device_guard(hidden):
             if self.dense.hidden is not None:
-                self._set_hidden(self.dense.hidden, out_row, lists)
+                self._set_hidden(self.dense.hidden, hidden, out_row, lists)
             if self.total is None and self.dense.bias is None:
                 return
             vocab_size = len(self.dense.pipeline.weight)
@@ -281,15 +281,18 @@ class SparseSum(NamedTuple):
                 ones = hidden.new_ones(len(hidden), 1)
                 _add_by_class(self.dense.bias[:, None], begin, place, lists.value, ones)
 
-    def _set_hidden(self, out: Tensor, out_row: Tensor, lists: EntryLists) -> None:
+    def _set_hidden(self, out: Tensor, hidden: Tensor, out_row: Tensor, lists: EntryLists) -> None:
         weight, (rows, slots) = self.dense.pipeline.weight, lists.ids.shape
-        dim = out.shape[1]
+        dim, tail = out.shape[1], None
+        if self.tail is not None:
+            tail = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+            self.tail.subtract(tail, hidden, lists.ids, lists.value, lists.is_entry)
         entry_hidden_kernel[(rows * triton.cdiv(dim, ENTRY_BLOCK_D),)](
             lists.ids,
             lists.value,
             lists.counts,
             weight,
-            self.shared,
+            tail,
             out_row,
             out,
             dim,

@@ -6,7 +6,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.reference import ChunkSoftmax, ChunkStats, GradientSum, LiveRows
 from xopd_kernels.chunk.reference_sparse import Lists
-from xopd_kernels.chunk.sparse import Choice, choose_row_entries, gradient_error, shared_row
+from xopd_kernels.chunk.sparse import Choice, Tail, choose_row_entries, gradient_error
 from xopd_kernels.records import Entries, GradientSink, HeadGradient, LinearLogprob, Sparsity
 
 
@@ -93,7 +93,7 @@ def backward_sparse(
     # What is handed to the sum is the gradient by the linear output already.
     head = call.head._replace(temperature=1.0, softcap=None, logit_scale=1.0)
     linear = softmax.logits._replace(call=call._replace(head=head), slope=None)
-    gradient, shared = GradientSum.of(hidden, linear, live, sink), shared_row(call.head)
+    gradient, tail = GradientSum.of(hidden, linear, live, sink), Tail.of(call.head, call.dtype)
     upstream = live.take(upstream).to(call.dtype)
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
@@ -101,7 +101,7 @@ def backward_sparse(
         d_linear = _linear_gradient_(softmax, stats, upstream[part])
         of_part = Entries(*(live.chunk(x, part) for x in entries))
         _put_entries_(d_linear, of_part, upstream[part])
-        gradient.add(part, chunk_hidden, d_linear, None, shared)
+        gradient.add(part, chunk_hidden, d_linear, None, tail)
     return gradient.result()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
 from xopd_kernels.chunk.reference_sparse import Lists, leave_out_
-from xopd_kernels.chunk.sparse import Choice, choose_rows, gradient_error, shared_row
+from xopd_kernels.chunk.sparse import Choice, Tail, choose_rows, gradient_error
 from xopd_kernels.linear_topk_divergence.reference import TopKTerms, exponentials_, usable_ids
 from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Sparsity, TopK
 from xopd_kernels.validation import check_top_k
@@ -37,7 +37,7 @@ def forward_sparse(
     for part in live.parts(call.step):  # a chunk at a time: sorting takes 16 bytes an id
         check_top_k(live.chunk(teacher.ids, part), live.chunk(teacher.logprob, part), classes)
     student = ChunkLogits.of(call, live)
-    gradient, shared = GradientSum.of(hidden, student, live, sink), shared_row(call.head)
+    gradient, tail = GradientSum.of(hidden, student, live, sink), Tail.of(call.head, call.dtype)
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     dropped = hidden.new_empty(live.live, dtype=torch.float32)
     error, norm = torch.zeros(2, dtype=torch.float64, device=hidden.device)
@@ -56,7 +56,7 @@ def forward_sparse(
         z.scatter_(1, ids, terms.at_ids)
         alive = (~choice.is_whole).nonzero().squeeze(1)
         kept = None if len(alive) == len(z) else alive
-        gradient.add(part, chunk_hidden, student.keep(len(z), kept), kept, shared)
+        gradient.add(part, chunk_hidden, student.keep(len(z), kept), kept, tail)
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     return result, gradient.result(), live.spread(dropped), gradient_error(error, norm, sparsity)
 

@@ -12,7 +12,7 @@ def entry_hidden_kernel(
     value_ptr,
     count_ptr,
     weight_ptr,
-    shared_ptr,
+    tail_ptr,
     out_row_ptr,
     out_ptr,
     D,
@@ -22,10 +22,10 @@ def entry_hidden_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[out_row[row]] = sum over a row's entries of value * (weight[class] - shared).
+    """out[out_row[row]] = tail[row] + the sum over a row's entries of value * weight[class].
 
-    Rows without entries: nothing. `shared` [D] fp32, None for 0. One program for a row and BLOCK_D
-    columns.
+    Rows without entries: nothing. `tail` [rows, D] fp32, None for 0. One program for a row and
+    BLOCK_D columns.
     """
     blocks = tl.cdiv(D, BLOCK_D)
     row = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -34,7 +34,6 @@ def entry_hidden_kernel(
         return
     d = (tl.program_id(0) % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     sums = tl.zeros((BLOCK_D,), tl.float32)
-    total = tl.zeros((BLOCK_E,), tl.float32)
     for first in range(0, count, BLOCK_E):
         slot = first + tl.arange(0, BLOCK_E)
         is_slot = slot < count
@@ -46,9 +45,8 @@ def entry_hidden_kernel(
             other=0.0,
         )
         sums += tl.sum(weight.to(tl.float32) * value[:, None], 0)
-        total += value
-    if shared_ptr is not None:
-        sums -= tl.sum(total, 0) * tl.load(shared_ptr + d, mask=d < D, other=0.0)
+    if tail_ptr is not None:
+        sums += tl.load(tail_ptr + row * D + d, mask=d < D, other=0.0)
     out_row = tl.load(out_row_ptr + row)
     rounded = narrow(sums, out_ptr.dtype.element_ty)
     tl.store(out_ptr + out_row * stride_out + d, rounded, mask=d < D)

@@ -18,7 +18,7 @@ from xopd.config import LossConfig
 from xopd.loss import policy_loss, step_sizes
 from xopd.models import SpeechLM
 from xopd.types import Modality, Rollout
-from xopd_kernels import Backend, memory
+from xopd_kernels import Backend, needs
 
 TEXT, SPEECH = Modality.TEXT, Modality.SPEECH
 MakeRollouts = Callable[[list[Modality]], list[Rollout]]
@@ -187,7 +187,7 @@ def test_no_tensor_of_all_logits_exists(
 ) -> None:
     vocabulary = 4096
     new_student.model.set_output_embeddings(nn.Linear(128, vocabulary, bias=False))
-    monkeypatch.setattr(memory, "DEFAULT_CPU_BYTES", 32 * vocabulary * 4)
+    monkeypatch.setattr(needs, "DEFAULT_CPU_BYTES", 32 * vocabulary * 4)
     rows = [
         replace(row, response_ids=row.response_ids * 20)
         for row in rollouts([TEXT, SPEECH, SPEECH, TEXT])

@@ -34,7 +34,7 @@ class Point(NamedTuple):
     def of(cls, rows: Tensor, point: Tensor, has_cap: bool) -> "Point":
         """At the first class."""
         nothing = torch.full_like(rows, -1)
-        slope = torch.zeros(len(rows)) if has_cap else None
+        slope = torch.zeros(len(rows), dtype=torch.float32) if has_cap else None
         return cls(rows, point, torch.zeros_like(point), nothing, nothing.clone(), slope)
 
     def ids(self) -> Tensor:

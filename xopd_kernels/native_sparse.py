@@ -47,16 +47,16 @@ class Lists(NamedTuple):
         """Lists that nothing was added to."""
         sums, block = torch.zeros(rows, dtype=torch.float64), (rows, capacity)
         return cls(
-            torch.full((rows,), -torch.inf),
+            torch.full((rows,), -torch.inf, dtype=torch.float32),
             sums,
             torch.zeros_like(sums) if has_moment else None,
-            torch.zeros(rows, id_count),
-            torch.zeros(rows, id_count) if has_cap else None,
+            torch.zeros(rows, id_count, dtype=torch.float32),
+            torch.zeros(rows, id_count, dtype=torch.float32) if has_cap else None,
             torch.zeros(rows, dtype=torch.int64),
-            torch.full((rows,), -torch.inf),
+            torch.full((rows,), -torch.inf, dtype=torch.float32),
             torch.empty(block, dtype=torch.int32),
-            torch.empty(block),
-            torch.empty(block) if has_cap else None,
+            torch.empty(block, dtype=torch.float32),
+            torch.empty(block, dtype=torch.float32) if has_cap else None,
         )
 
     @property
@@ -184,7 +184,7 @@ def finish_lists(ids: Tensor, bounds: Bounds, lists: Lists) -> Inside:
         torch.zeros_like(ids),
     )
     has_cap = None if lists.slope is None else 1.0
-    nothing = Logits(torch.zeros(rows, 0), None, 1.0, has_cap)
+    nothing = Logits(torch.zeros(rows, 0, dtype=torch.float32), None, 1.0, has_cap)
     arguments = _Finish(
         _shortlist(nothing, 0, ids, bounds, lists),
         address("inside.total", inside.total, torch.float64, (rows,)),
@@ -242,7 +242,7 @@ def by_class(lists: Listed, classes: int) -> ByClass:
     entries = int(lists.values.count_nonzero())
     offsets = torch.empty(classes + 2, dtype=torch.int64)
     rows = torch.empty(entries, dtype=torch.int32)
-    values = torch.empty(entries)
+    values = torch.empty(entries, dtype=torch.float32)
     arguments = _Sort(
         entries_of(lists, classes), offsets.data_ptr(), entries, rows.data_ptr(), values.data_ptr()
     )

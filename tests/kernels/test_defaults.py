@@ -52,6 +52,37 @@ def advantage(hidden, weight, teacher_hidden, teacher_weight, target, *_):
     return values.advantage.sum()
 
 
+SPARSE = {"gradient": "sparse", "max_gradient_error": 0.5}
+
+
+def sparse_logprob(hidden, weight, _, __, target, *___):
+    return linear_logprob(hidden, weight, target, **SPARSE).logprob.sum()
+
+
+def sparse_policy_loss(hidden, weight, _, __, target, *___):
+    teacher = target.new_zeros(N, dtype=torch.float32)
+    return linear_policy_loss(hidden, weight, target, teacher_logprob=teacher, **SPARSE).loss
+
+
+def unbiased_policy_loss(hidden, weight, _, __, target, *___):
+    options = SPARSE | {"gradient": "unbiased", "gradient_seed": 1}
+    advantage = target.new_ones(N, dtype=torch.float32)
+    return linear_policy_loss(
+        hidden, weight, target, advantage=advantage, softcap=9.0, **options
+    ).loss
+
+
+def sparse_topk_divergence(hidden, weight, _, __, ___, ids, teacher_logprob):
+    out = linear_topk_divergence(hidden, weight, ids, teacher_logprob, **SPARSE)
+    return out.divergence.sum()
+
+
+CALLS = [
+    *(logprob, policy_loss, divergence, topk_divergence, advantage),
+    *(sparse_logprob, sparse_policy_loss, unbiased_policy_loss, sparse_topk_divergence),
+]
+
+
 def results(call, given):
     value = call(*given)
     gradients = torch.autograd.grad(value, given[:2]) if value.requires_grad else ()
@@ -76,7 +107,7 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("call", [logprob, policy_loss, divergence, topk_divergence, advantage])
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("default", DEFAULTS)
 def test_the_defaults_of_torch_change_nothing(default, call, dtype):
     given = inputs(dtype)

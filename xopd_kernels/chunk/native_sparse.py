@@ -248,7 +248,7 @@ class SparseSum(NamedTuple):
     def _gathered(self, lists: Listed, rows: Tensor) -> Tensor:
         """[n, D] fp32: the sums of entry times row of the weight of the lists `rows` [n]."""
         weight = self.gradient.call.head.weight
-        out = torch.zeros(len(rows), weight.shape[1])
+        out = torch.zeros(len(rows), weight.shape[1], dtype=torch.float32)
         if _has_unit_stride(weight):
             native_sparse.gather(lists, len(weight), rows, weight, 0, out)
             return out

@@ -42,7 +42,7 @@ def forward_sparse(
     model = Model.of(call.head, call.panel.tile_classes)
     gradient = GradientSum.of(call, model, hidden, live, sink)
     out = torch.empty(3, live.live, dtype=call.dtype)
-    dropped = torch.empty(live.live)
+    dropped = torch.empty(live.live, dtype=torch.float32)
     error, norm = torch.zeros(2, dtype=torch.float64)
     sums = SparseSum.of(gradient, hidden)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):

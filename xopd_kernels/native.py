@@ -239,18 +239,28 @@ def _end(block: Tensor) -> int:
 
 
 def c_logits(name: str, logits: Logits, first_class: int = 0) -> CLogits:
-    x, bias, cap = logits.x, logits.bias, logits.cap
-    if not 0 <= first_class < 2**62:
-        raise ValueError(f"first_class must be a class number >= 0, got {first_class}")
-    if cap is not None and not ctypes.c_float(cap).value > 0:  # C++ takes 0 for none
-        raise ValueError(f"{name}.cap must be > 0 in fp32 or None, got {cap}")
+    x, bias = logits.x, logits.bias
+    check_first_class(first_class)
     return CLogits(
         block(f"{name}.x", x),
         None if bias is None else address(f"{name}.bias", bias, torch.float32, (x.shape[1],)),
         x.stride(0),
         logits.scale,
-        0.0 if cap is None else cap,
+        c_cap(f"{name}.cap", logits.cap),
     )
+
+
+def c_cap(name: str, cap: float | None) -> float:
+    """A cap as C++ takes it: 0 for none."""
+    if cap is not None and not ctypes.c_float(cap).value > 0:
+        raise ValueError(f"{name} must be > 0 in fp32 or None, got {cap}")
+    return cap or 0.0
+
+
+def check_first_class(first_class: int) -> None:
+    """Raise ValueError for what is no class number, or one whose sums would overflow."""
+    if not 0 <= first_class < 2**62:
+        raise ValueError(f"first_class must be a class number >= 0, got {first_class}")
 
 
 def _side(name: str, side: Side, shape: tuple[int, ...]) -> _Side:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xopd_kernels.native import Running
+from xopd_kernels.native import Running, c_cap, check_first_class
 from xopd_kernels.native_library import address, block, call, pointers, sizes
 from xopd_kernels.native_matmul import Packed, packed_size, whole
 from xopd_kernels.workload import NATIVE_TILE_CLASSES
@@ -108,7 +108,7 @@ def add_scores(
         *(rows, classes, k, tiles.tile),
         *place,
         None if bias is None else address("bias", bias, torch.float32, (classes,)),
-        *(tiles.scale, tiles.cap or 0.0),
+        *(tiles.scale, c_cap("cap", tiles.cap)),
         tiles.first_class,
         address("ids", ids, torch.int64, (rows, id_count)),
         *(id_count, excludes_ids),
@@ -128,11 +128,7 @@ def _check(tiles: Tiles, hidden: Packed, out: Outputs | None) -> None:
             f"weight [classes, D], hidden [D, rows] and a tile must fit, D even, got "
             f"{list(tiles.weight.shape)}, {[hidden.k, rows]} and {tiles.tile}"
         )
-    if not 0 <= tiles.first_class < 2**62:
-        raise ValueError(f"first_class must be a class number >= 0, got {tiles.first_class}")
-    cap = tiles.cap
-    if cap is not None and not ctypes.c_float(cap).value > 0:  # C++ takes 0 for none
-        raise ValueError(f"cap must be > 0 in fp32 or None, got {cap}")
+    check_first_class(tiles.first_class)
     if out is None:
         return
     fits = 0 <= out.used <= out.words_of_class - rows

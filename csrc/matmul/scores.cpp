@@ -87,9 +87,7 @@ XOPD_BF16 inline void add_to(double* sums, Floats values) {
 template <int64_t M, bool HAS_MOMENT>
 XOPD_BF16 inline void add_logits(const Floats (&z)[M], float* maximum, float* reference,
                                  double* total, double* moment) {
-  Floats found = z[0];
-  // A NaN is passed over here; the sum has it.
-  found = larger(found, splat(-INF));
+  Floats found = larger(z[0], splat(-INF));  // passes over a NaN; the sum has it
   for (int64_t i = 1; i < M; ++i) found = larger(z[i], found);
   store(maximum, larger(found, load(maximum)));
   const float headroom = HAS_MOMENT ? 0.0f : HEADROOM;

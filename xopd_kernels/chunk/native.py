@@ -211,7 +211,7 @@ class GradientSum(NamedTuple):
             return
         sizes = [len(chunk.hidden) for chunk in kept.chunks]
         d_hidden = None if self.hidden is None else _zeros(rows.hidden, sum(sizes))
-        kept.write(list(self.model.tiles()), d_hidden)
+        kept.write(self.model.tiles(), d_hidden)
         if self.hidden is None or d_hidden is None:
             return
         self.call.shard.sum_(d_hidden)

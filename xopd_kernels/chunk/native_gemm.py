@@ -2,7 +2,8 @@
 
 bf16 on a processor with bf16 dot products: bf16 factors, fp32 sums and results
 (`xopd_kernels.native_matmul`); the gradient by the logits is rounded to bf16 to be a factor.
-Everything else: torch's fp32 GEMMs of upcast tiles. One class for each, with the same methods.
+Everything else: torch's fp32 GEMMs of upcast tiles. One class for each, with the same methods; the
+bf16 one has all of sweep one besides, as its statistics come from the registers of the product.
 """
 
 from typing import NamedTuple

@@ -6,6 +6,7 @@ the next one has its logits behind it, and fewer rows. When all rows are there, 
 adds to d_hidden, and another one replaces them by d_weight, which is rounded once.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -61,7 +62,7 @@ class KeptGradient:
         else:  # rows of an odd length would be padded
             block.copy_(d_logit)
 
-    def write(self, tiles: list[slice], d_hidden: Tensor | None) -> None:
+    def write(self, tiles: Iterator[slice], d_hidden: Tensor | None) -> None:
         """Replace what is kept by d_weight; `d_hidden` [rows, D] fp32: added to."""
         hidden = torch.cat([chunk.hidden for chunk in self.chunks])
         rows, dim = hidden.shape

@@ -31,6 +31,7 @@ DenseRows = Callable[
 _REACH_SHARE = 1 / 32  # of the allowance: all that is too far below the maximum to be listed
 _LONGEST_REACH = 88.0  # exp(-88) is 0
 _COPY_BYTES = 2**20  # of a weight whose rows are not contiguous
+_HIDDEN_ROWS = 256  # of d_hidden at a time: their lists are copied
 _ROOM = 16  # entries, at least, that a list takes between two cuts
 # Of an entry, with room for half as many more: class number, logit, slope; a mask and a copy for
 # the rule or, after it, row and value in the order of classes.
@@ -233,7 +234,7 @@ class SparseSum(NamedTuple):
         sums = self.gradient
         if sums.hidden is None or len(rows) == 0:
             return
-        step = max(1, min(sums.call.step, len(rows)))
+        step = max(1, min(sums.call.step, _HIDDEN_ROWS))
         for begin in range(0, len(rows), step):
             part = rows[begin : begin + step]
             out = self._gathered(lists, part)

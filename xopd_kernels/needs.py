@@ -80,7 +80,7 @@ class Needs:
         # A tile of logits or of their gradient; hidden states and their gradient; of the policy
         # loss also the hidden states with a gradient.
         copies = 1 + (work.operator is Operator.POLICY_LOSS)
-        scratch = 4 * (tile + dim + 32) + 72 * work.top_k
+        scratch = 4 * (tile * work.stores_logits + dim + 32) + 72 * work.top_k
         scratch += dim * size * (work.dtype != torch.float32)  # d_hidden rounded
         scratch += work.teacher_dim * _factor_bytes(work.teacher_or_own_dtype, work.teacher_dim)
         scratch += copies * dim * _factor_bytes(work.dtype, dim)

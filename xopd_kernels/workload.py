@@ -108,6 +108,12 @@ class Workload(NamedTuple):
         return self.dtype.itemsize == 2 and not self.holds_fp32
 
     @property
+    def stores_logits(self) -> bool:
+        """Whether NATIVE writes a tile of logits: not where its statistics are all there is."""
+        is_needed = self.has_gradient or self.operator is Operator.DIVERGENCE or self.is_sparse
+        return is_needed or not multiplies(self.dtype, self.dim)
+
+    @property
     def keeps_d_logit(self) -> bool:
         """Whether NATIVE may round d(loss)/d(logit) to bf16 before all rows of it are there."""
         return multiplies(self.dtype, self.dim) and not self.is_sparse

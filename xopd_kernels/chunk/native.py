@@ -279,7 +279,8 @@ def _tile(rows: int, weight: Tensor, spare: Tensor | None) -> Tensor:
 
 def _workspace(call: Call, rows: int, keeps_logits: bool) -> Outputs:
     """Workspace for the logits of chunks of `rows`."""
-    width, classes = rows * call.work.models, call.panel.tile_classes
+    width = rows * call.work.models
+    classes = call.panel.tile_classes * call.work.stores_logits
     if keeps_logits:
         classes = len(call.head.weight)
     words = call.head.weight.new_empty(width * classes, dtype=torch.float32)

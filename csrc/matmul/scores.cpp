@@ -10,8 +10,10 @@ namespace {
 static_assert(WIDTH == LANES, "a vector of sums is a vector of floats");
 static_assert(sizeof(xopd_tile_sums::maximum) == COLUMNS * sizeof(float), "one for each column");
 
-// How far above its reference a logit may lie: e^16 of a sum in fp64 loses nothing. A moment has
-// none, because its terms would no longer have one sign.
+// How far above its reference a logit may lie: e^16 of a sum in fp64 loses nothing. Without it a
+// row's maximum is exp(0), exactly 1; with it, exp's error of 1e-7 hides what the other classes add
+// to a probability near 1. So there is none where that class may be among those summed. A moment
+// has none either, because its terms would no longer have one sign.
 constexpr float HEADROOM = 16.0f;
 
 // What a task keeps of its 64 rows while it goes through a tile.
@@ -85,12 +87,11 @@ XOPD_BF16 inline void add_to(double* sums, Floats values) {
 
 // Adds the logits z [M, 16] of 16 rows to their sums.
 template <int64_t M, bool HAS_MOMENT>
-XOPD_BF16 inline void add_logits(const Floats (&z)[M], float* maximum, float* reference,
-                                 double* total, double* moment) {
+XOPD_BF16 inline void add_logits(const Floats (&z)[M], float headroom, float* maximum,
+                                 float* reference, double* total, double* moment) {
   Floats found = larger(z[0], splat(-INF));  // passes over a NaN; the sum has it
   for (int64_t i = 1; i < M; ++i) found = larger(z[i], found);
   store(maximum, larger(found, load(maximum)));
-  const float headroom = HAS_MOMENT ? 0.0f : HEADROOM;
   const Floats bound = load(reference) + headroom;
   if (_mm512_cmp_ps_mask(reinterpret_cast<__m512>(found), reinterpret_cast<__m512>(bound),
                          _CMP_GT_OQ) != 0) {
@@ -113,6 +114,7 @@ template <int64_t M, bool HAS_MOMENT>
 XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t begin, int64_t end,
                            int64_t at, Rows64& rows, xopd_tile_sums& sums) {
   const int64_t pairs = call.k / 2, stride = end - begin;
+  const float headroom = HAS_MOMENT || call.excludes_ids == 0 ? 0.0f : HEADROOM;
   __m512 products[M][VECTORS];
   for (auto& row : products) {
     for (auto& vector : row) vector = _mm512_setzero_ps();
@@ -144,8 +146,8 @@ XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t b
     if (_mm512_cmplt_epi32_mask(next, last) != 0) {
       take_ids<M>(call, first_row, begin, end, at, lane, z, rows);
     }
-    add_logits<M, HAS_MOMENT>(z, sums.maximum + lane, sums.reference + lane, sums.total + lane,
-                              sums.moment + lane);
+    add_logits<M, HAS_MOMENT>(z, headroom, sums.maximum + lane, sums.reference + lane,
+                              sums.total + lane, sums.moment + lane);
   }
 }
 

@@ -26,11 +26,10 @@ from xopd_kernels.chunk.native_gemm import (
     as_factors,
 )
 from xopd_kernels.chunk.native_kept import KeptGradient, KeptRows
-from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows, next_rows
+from xopd_kernels.chunk.reference import LiveRows, next_rows
 from xopd_kernels.native_matmul import Packed, multiplies
 from xopd_kernels.native_scores import Outputs
 from xopd_kernels.records import GradientSink, Head, HeadGradient
-from xopd_kernels.validation import check_target_range
 
 Write = Callable[[slice, Tensor], None]  # (tile, out [rows, T])
 AddTo = Callable[[slice, Tensor], None]  # (tile, fp32 sum [T, D] before it is rounded)
@@ -306,91 +305,3 @@ def chunks(
         part = slice(begin, begin + next_rows(live.live - begin, step))
         yield Chunk.of(part, live.chunk(hidden, part), call.head.weight, store)
         begin = part.stop
-
-
-class Stats(NamedTuple):
-    """Row statistics of a chunk over all classes (of all ranks)."""
-
-    logprob: Tensor  # [rows] fp32
-    lse: Tensor
-    entropy: Tensor  # meaningless unless has_entropy
-    maximum: Tensor  # finite
-    total: Tensor  # [rows] fp64: sum of exp(logit - maximum)
-    ids: Tensor  # [rows, 1] local class of the target, -1 on the ranks that do not hold it
-
-
-class Softmax(NamedTuple):
-    """The softmax of the head over one row chunk after the other, and its targets."""
-
-    call: Call
-    model: Model
-    ids: Tensor  # [live, 1] local class, -1 where it is another rank's
-
-    @classmethod
-    def of(cls, call: Call, target: Tensor, live: LiveRows) -> "Softmax":
-        """For `target` [N]; raises ValueError if a live one is out of range."""
-        shard, target = call.shard, live.take(target)
-        check_target_range(target, shard.classes)
-        local = target - shard.offset
-        is_local = (local >= 0) & (local < len(call.head.weight))
-        model = Model.of(call.head, call.panel.tile_classes)
-        return cls(call, model, local.where(is_local, -1)[:, None])
-
-    def forward(self, chunk: Chunk) -> Stats:
-        """Sweep one: the statistics of a chunk."""
-        ids, shard = self.ids[chunk.part], self.call.shard
-        running = sweep(self.model, chunk, ids, self.call.work.needs_entropy)
-        found = (ids[:, 0] >= 0).double()
-        maximum = shard.maximum_(running.maximum.clone())
-        # A row of -inf logits: lse -inf and logprob NaN, as in torch; not inf - inf everywhere.
-        maximum = maximum.where(maximum != -torch.inf, 0.0)
-        shift = (running.maximum - maximum).clamp_(min=LOG_ZERO).double()
-        share = shift.exp()
-        total = running.total * share
-        moment = total
-        if running.moment is not None:
-            moment = running.moment * share + shift * total
-        local = torch.where(found > 0, running.at_ids[:, 0].double(), 0.0)
-        total, moment, local, found = shard.sum_(torch.stack((total, moment, local, found)))
-        at_target, log_total = local.where(found > 0, torch.nan), total.log()
-        # H = log(total) - sum(p * (z - max)): both terms >= 0, so nothing cancels.
-        entropy = log_total - moment / total
-        logprob, lse = (at_target - maximum) - log_total, maximum + log_total
-        return Stats(logprob.float(), lse.float(), entropy.float(), maximum, total, ids)
-
-
-def sweep(
-    model: Model,
-    chunk: Chunk,
-    ids: Tensor,
-    needs_moment: bool = False,
-    excludes_ids: bool = False,
-) -> native.Running:
-    """Compute the logits of a chunk and fold them into statistics; `ids` [rows, K] ascending."""
-    hidden, rows = chunk.hidden, len(chunk.hidden)
-    total = hidden.new_zeros(rows, dtype=torch.float64)
-    running = native.Running(
-        total.new_full((rows,), -torch.inf, dtype=torch.float32),
-        total,
-        torch.zeros_like(total) if needs_moment else None,
-        total.new_zeros(ids.shape, dtype=torch.float32),
-    )
-    if isinstance(model.gemms, Bf16Gemms):
-        model.gemms.score(chunk.factor, model.head, chunk.store, ids, excludes_ids, running)
-        return running
-    for tile in model.tiles():
-        logits = chunk.fill(model, tile)
-        native.add_statistics(logits, tile.start, ids, excludes_ids, running)
-    return running
-
-
-def write_softmax_gradient(
-    model: Model, chunk: Chunk, alive: Tensor | None, terms: native.GradientTerms
-) -> Write:
-    """What `GradientSum.add` needs for d_logit = alpha e + gamma e (z - maximum)."""
-
-    def write(tile: slice, out: Tensor) -> None:
-        logits = chunk.kept(model, tile)
-        native.write_gradient(logits, tile.start, alive, terms, out)
-
-    return write

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks, sweep
+from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks
+from xopd_kernels.chunk.native_softmax import sweep
 from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher
 

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import GradientSum, Softmax, Stats, chunks, write_softmax_gradient
+from xopd_kernels.chunk.native import GradientSum, chunks
+from xopd_kernels.chunk.native_softmax import Softmax, Stats, write_softmax_gradient
 from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
 from xopd_kernels.linear_logprob.reference import has_upstream
 from xopd_kernels.native import GradientTerms

@@ -5,7 +5,8 @@ from torch import Tensor
 
 from xopd_kernels import native_sparse
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import GradientSum, Softmax, chunks, write_softmax_gradient
+from xopd_kernels.chunk.native import GradientSum, chunks
+from xopd_kernels.chunk.native_softmax import Softmax, write_softmax_gradient
 from xopd_kernels.chunk.native_sparse import (
     EntrySum,
     ListedRows,

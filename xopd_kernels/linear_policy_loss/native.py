@@ -5,7 +5,8 @@ import operator
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import GradientSum, Softmax, Stats, chunks, write_softmax_gradient
+from xopd_kernels.chunk.native import GradientSum, chunks
+from xopd_kernels.chunk.native_softmax import Softmax, Stats, write_softmax_gradient
 from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.linear_policy_loss.reference import Rows, alive_rows, token_loss
 from xopd_kernels.native import GradientTerms

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import GradientSum, Model, chunks, sweep, write_softmax_gradient
+from xopd_kernels.chunk.native import GradientSum, Model, chunks
+from xopd_kernels.chunk.native_softmax import sweep, write_softmax_gradient
 from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.linear_topk_divergence.reference import top_k_terms
 from xopd_kernels.native import GradientTerms

@@ -150,15 +150,21 @@ def test_the_demo_table_is_the_measured_one(repository: Path) -> None:
     ("results", "page"),
     [
         ("cpu_512x1024x32000", "README.md"),
+        ("cpu_1024x2048x151936", "benchmarks/README.md"),
         ("cpu_256x3584x152064", "benchmarks/README.md"),
+        ("cpu_avx2_256x3584x152064", "benchmarks/README.md"),
     ],
 )
 def test_a_cpu_table_is_the_measured_one(repository: Path, results: str, page: str) -> None:
-    """Figures on a page come from the file that the benchmark wrote."""
+    """Figures on a page come from the file that the benchmark wrote, and its command is there."""
     text = read(repository, f"benchmarks/results/{results}.jsonl")
     lines = [json.loads(line) for line in text.splitlines()]
     shown = read(repository, page)
     assert short_table([line for line in lines if line["distribution"] == "random"]) in shown
     (commit,) = {line["commit"] for line in lines}
-    command = shown[: shown.index(f"commit {commit}")].rsplit("`", 2)[1]
-    assert results.removeprefix("cpu_") in command
+    # The paragraph that names the commit has the commands too.
+    (said, *_) = (x.replace("\n", " ") for x in shown.split("\n\n") if f"commit {commit}" in x)
+    commands = INLINE_CODE.findall(said)
+    for limit_s in {line["limit_s"] for line in lines}:
+        wanted = (results.rsplit("_", 1)[1], f"--limit-s {limit_s:g} ")
+        assert any(all(x in command for x in wanted) for command in commands)

@@ -102,6 +102,24 @@ def test_statistics(
     check(head, chosen, running, excludes_ids, first)
 
 
+def test_a_maximum_is_exactly_1() -> None:
+    """Of the sums that no class is left out of: beside it, one of 1e-7 is still to be seen."""
+    rows, classes, k = 64, 120, 64
+    head = Head(rows, classes, k)
+    # Two classes: the second one, in another block, has its logit 12 to 15.9 above the first one.
+    head.bias = torch.full((classes,), -torch.inf)
+    head.bias[[0, -1]] = 0.0
+    height = torch.linspace(12.0, 15.9, rows).to(BF16)
+    head.weight.zero_()
+    head.hidden.zero_()
+    head.weight[-1, 0], head.hidden[:, 0] = 1.0, height
+    no_ids = torch.empty(rows, 0, dtype=torch.int64)
+    running = head.run(no_ids, tile=classes, has_moment=False)
+    assert torch.equal(running.maximum, height.float())
+    other = (-height.double()).exp()
+    assert ((running.total - 1.0 - other).abs() <= 1e-6 * other).all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     rows=st.integers(1, 140),

@@ -182,17 +182,23 @@ class ChunkSoftmax(NamedTuple):
         at_target = z.gather(1, target[:, None]).squeeze(1)
         z.sub_(maximum[:, None])
         if self.extra is None:
-            total = z.exp_().sum(1)
-            moment = total
+            z.exp_()
+            moment = torch.zeros_like(maximum)
         else:
             shifted = self.extra[: len(z)].copy_(z).clamp_(min=LOG_ZERO)
-            total = z.exp_().sum(1)
-            moment = shifted.mul_(z).sum(1)
+            moment = shifted.mul_(z.exp_()).sum(1)
+        # The target stands apart: beside a probability near 1, a sum would lose the other classes,
+        # and they are what its log-prob and its gradient are made of.
+        column = target[:, None]
+        own = z.gather(1, column)
+        others = z.scatter_(1, column, own.masked_fill(is_local[:, None], 0.0)).sum(1)
+        z.scatter_(1, column, own)
         found = is_local.to(z.dtype)
-        local = torch.where(is_local, at_target, 0.0)
-        total, moment, local, found = self.shard.sum_(torch.stack((total, moment, local, found)))
+        local, own = (torch.where(is_local, x, 0.0) for x in (at_target, own[:, 0]))
+        sums = torch.stack((others, own, moment, local, found))
+        others, own, moment, local, found = self.shard.sum_(sums)
         at_target = local.where(found > 0, torch.nan)
-        log_total = total.log()
+        total, log_total = others + own, (others + (own - 1)).log1p()
         # H = log(total) - sum(p * (z - max)): both terms >= 0, so nothing cancels.
         entropy = log_total - moment / total
         logprob = (at_target - maximum) - log_total

@@ -62,8 +62,13 @@ def _fill_rows(
             z_teacher[rows, classes] = part.slope
     if call.work.has_gradient:
         # d value / d z = slope - p * sum(slope), with sum p = 1.
-        slope, scale = z_teacher, weight[:, None]
-        z.exp_().mul_(-slope.sum(1, keepdim=True)).add_(slope).mul_(scale)
+        slope, top = z_teacher, z.argmax(1, keepdim=True)
+        is_certain = z.gather(1, top).exp() > 0.5
+        z.exp_().mul_(-slope.sum(1, keepdim=True)).add_(slope)
+        # d value / d z sums to 0; a class of p near 1 has nothing but rounding in the difference.
+        at_top = z.gather(1, top)
+        others = z.scatter_(1, top, 0.0).sum(1, keepdim=True)
+        z.scatter_(1, top, at_top.where(~is_certain, -others)).mul_(weight[:, None])
     value.mul_(weight)
 
 
@@ -75,9 +80,13 @@ def pieces(count: int, step: int) -> Iterator[slice]:
 
 def log_softmax_(z: Tensor) -> Tensor:
     """The lse of each row of `z` [rows, V], which becomes its log-softmax."""
-    maximum = z.amax(1)
+    maximum, top = z.max(1, keepdim=True)
     maximum = maximum.where(maximum != -torch.inf, 0.0)
-    z.sub_(maximum[:, None])
-    log_total = z.exp().sum(1).log_()
-    z.sub_(log_total[:, None])
-    return maximum + log_total
+    z.sub_(maximum)
+    # The maximum stands apart, as the target does in ChunkSoftmax.
+    e = z.exp()
+    own = e.gather(1, top)
+    others = e.scatter_(1, top, 0.0).sum(1, keepdim=True)
+    log_total = (others + (own - 1)).log1p_()
+    z.sub_(log_total)
+    return (maximum + log_total).squeeze(1)

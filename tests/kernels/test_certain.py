@@ -66,9 +66,7 @@ def test_the_gradient_of_each_row_is_right(
     hidden, weight, target = problem(dtype)
     if is_policy:
         advantage = torch.ones(ROWS)
-        loss = linear_policy_loss(
-            hidden, weight, target, advantage=advantage, backend=backend
-        ).loss
+        loss = linear_policy_loss(hidden, weight, target, advantage=advantage, backend=backend).loss
     else:
         loss = linear_logprob(hidden, weight, target, backend=backend).logprob.sum()
     loss.backward()

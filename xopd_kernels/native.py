@@ -52,6 +52,28 @@ class Side(NamedTuple):
     log_total: Tensor  # [rows] fp32
 
 
+class DivergenceSums(NamedTuple):
+    """A divergence and its derivative, folded in tile by tile.
+
+    A class of p above the row's bound stands apart; there is at most one.
+    """
+
+    bound: Tensor  # [rows] fp32
+    value: Tensor  # [rows] fp64
+    slope_top: Tensor  # [rows] fp64: u of that class
+    slope_others: Tensor  # [rows] fp64: sum of u over all others
+
+
+class DivergenceTerms(NamedTuple):
+    """What the gradient of a divergence is made of, row by row; [rows] fp32."""
+
+    bound: Tensor
+    slope_sum: Tensor  # of u over all classes
+    slope_others: Tensor
+    rest: Tensor  # 1 - p of the class above the bound
+    weight: Tensor
+
+
 # The structs of csrc/common/logits.h, csrc/softmax/softmax.h and csrc/divergence/divergence.h.
 class CLogits(ctypes.Structure):
     _fields_ = (
@@ -67,7 +89,7 @@ class _Statistics(ctypes.Structure):
         ("logits", CLogits),
         *sizes("rows", "classes", "first_class"),
         *pointers("ids"),
-        *sizes("id_count", "excludes_ids"),
+        *sizes("id_count"),
         *pointers("maximum", "total", "moment", "at_ids"),
     )
 
@@ -93,7 +115,7 @@ class _Divergence(ctypes.Structure):
         ("teacher", _Side),
         *sizes("rows", "classes"),
         ("beta", ctypes.c_double),
-        *pointers("value", "slope_sum"),
+        *pointers("bound", "value", "slope_top", "slope_others"),
     )
 
 
@@ -103,22 +125,20 @@ class _DivergenceGradient(ctypes.Structure):
         ("teacher", _Side),
         *sizes("rows", "classes"),
         ("beta", ctypes.c_double),
-        *pointers("slope_sum", "weight", "out"),
+        *pointers("bound", "slope_sum", "slope_others", "rest", "weight", "out"),
         *sizes("out_row_stride"),
     )
 
 
-def add_statistics(
-    logits: Logits, first_class: int, ids: Tensor, excludes_ids: bool, running: Running
-) -> None:
+def add_statistics(logits: Logits, first_class: int, ids: Tensor, running: Running) -> None:
     """Fold a tile of classes into the row statistics `running`, in place.
 
     The tile holds the classes [first_class, first_class + classes) of the vocabulary. `ids`
     [rows, K] int64, ascending in a row, are classes of the whole vocabulary: those of other tiles
-    are passed over, negative ones never match. With `excludes_ids` they take no part in maximum,
-    total and moment. A -inf logit adds nothing; a row of them keeps maximum -inf and total 0. A NaN
-    or +inf makes total NaN (the maximum passes over a NaN). Raises TypeError/ValueError for a
-    tensor that does not fit, RuntimeError if the library is unavailable.
+    are passed over, negative ones never match. They take no part in maximum, total and moment. A
+    -inf logit adds nothing; a row of them keeps maximum -inf and total 0. A NaN or +inf makes total
+    NaN (the maximum passes over a NaN). Raises TypeError/ValueError for a tensor that does not fit,
+    RuntimeError if the library is unavailable.
     """
     head = c_logits("logits", logits, first_class)
     rows, classes = logits.x.shape
@@ -131,7 +151,6 @@ def add_statistics(
         first_class,
         address("ids", ids, torch.int64, (rows, id_count)),
         id_count,
-        excludes_ids,
         address("running.maximum", running.maximum, torch.float32, (rows,)),
         address("running.total", running.total, torch.float64, (rows,)),
         None if moment is None else address("running.moment", moment, torch.float64, (rows,)),
@@ -175,43 +194,44 @@ def write_gradient(
     call("xopd_write_gradient", arguments)
 
 
-def add_divergence(
-    student: Side, teacher: Side, beta: float, value: Tensor, slope_sum: Tensor
-) -> None:
-    """Add a tile's terms of a divergence to `value` and of its derivative to `slope_sum`, in place.
+def add_divergence(student: Side, teacher: Side, beta: float, sums: DivergenceSums) -> None:
+    """Add a tile's terms of a divergence and of its derivative to `sums`, in place.
 
     ``D_beta`` and ``u = dD / dlog p`` of `xopd_kernels.chunk.kl.row_divergence` with normalised
-    p (student) and q (teacher); `value` and `slope_sum` [rows] fp64. Raises TypeError/ValueError
-    for a tensor that does not fit, RuntimeError if the library is unavailable.
+    p (student) and q (teacher). Raises TypeError/ValueError for a tensor that does not fit,
+    RuntimeError if the library is unavailable.
     """
+    rows = student.maximum.shape
     arguments = _Divergence(
         _side("student", student, student.logits.x.shape),
         _side("teacher", teacher, student.logits.x.shape),
         *student.logits.x.shape,
         _beta(beta),
-        address("value", value, torch.float64, student.maximum.shape),
-        address("slope_sum", slope_sum, torch.float64, student.maximum.shape),
+        address("sums.bound", sums.bound, torch.float32, rows),
+        address("sums.value", sums.value, torch.float64, rows),
+        address("sums.slope_top", sums.slope_top, torch.float64, rows),
+        address("sums.slope_others", sums.slope_others, torch.float64, rows),
     )
     call("xopd_add_divergence", arguments)
 
 
 def write_divergence_gradient(
-    student: Side, teacher: Side, beta: float, slope_sum: Tensor, weight: Tensor, out: Tensor
+    student: Side, teacher: Side, beta: float, terms: DivergenceTerms, out: Tensor
 ) -> None:
     """Write a tile of the gradient by the student's linear outputs to `out` [rows, classes] fp32.
 
-    ``slope(x) weight (u - p slope_sum)`` with the u of `add_divergence`, and its sum over all
-    classes; `slope_sum` and `weight` [rows] fp32. `out` overlaps neither x. Raises
-    TypeError/ValueError for a tensor that does not fit, RuntimeError if the library is unavailable.
+    ``slope(x) weight (u - p slope_sum)`` with the u of `add_divergence`; for the class of p above
+    the bound ``slope(x) weight (u rest - p slope_others)``, which is the same number without a
+    difference of two near 1. `out` overlaps neither x. Raises TypeError/ValueError for a tensor
+    that does not fit, RuntimeError if the library is unavailable.
     """
-    shape = student.logits.x.shape
+    shape, named = student.logits.x.shape, terms._asdict().items()
     arguments = _DivergenceGradient(
         _side("student", student, shape),
         _side("teacher", teacher, shape),
         *shape,
         _beta(beta),
-        address("slope_sum", slope_sum, torch.float32, shape[:1]),
-        address("weight", weight, torch.float32, shape[:1]),
+        *(address(f"terms.{name}", x, torch.float32, shape[:1]) for name, x in named),
         _out_block(out, shape, student.logits.x, teacher.logits.x),
         out.stride(0),
     )

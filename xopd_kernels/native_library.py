@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI_VERSION = 5  # of csrc/common/abi.h
+ABI_VERSION = 6  # of csrc/common/abi.h
 _ROW_OUT_OF_RANGE = -1
 _NO_MATMUL = -2
 _ENTRY_OUT_OF_RANGE = -3
@@ -130,6 +130,7 @@ def sizes(*names: str) -> list[tuple[str, type[ctypes.c_int64]]]:
 
 def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Where the contiguous CPU tensor begins."""
+    _check_sign(name, tensor)
     if tensor.dtype != dtype or not tensor.is_cpu:
         raise TypeError(f"{name} must be {dtype} on the CPU, got {tensor.dtype} on {tensor.device}")
     if tensor.shape != shape:
@@ -141,6 +142,7 @@ def address(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...
 
 def block(name: str, block: Tensor, dtype: torch.dtype = torch.float32) -> int:
     """Where the [rows, classes] CPU block begins, whose rows may lie apart."""
+    _check_sign(name, block)
     if block.dtype != dtype or not block.is_cpu:
         raise TypeError(f"{name} must be {dtype} on the CPU, got {block.dtype} on {block.device}")
     if block.ndim != 2 or (block.stride(1) != 1 and block.shape[1] > 1):
@@ -149,3 +151,12 @@ def block(name: str, block: Tensor, dtype: torch.dtype = torch.float32) -> int:
             f"strides {block.stride()}"
         )
     return block.data_ptr()
+
+
+def _check_sign(name: str, tensor: Tensor) -> None:
+    """Raise ValueError for a view whose numbers are meant with the other sign."""
+    if tensor.is_neg():
+        raise ValueError(
+            f"{name} must hold its numbers, not their negatives (a view such as x.conj().imag); "
+            "pass tensor.resolve_neg()"
+        )

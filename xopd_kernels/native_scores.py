@@ -71,7 +71,7 @@ class _Scores(ctypes.Structure):
         ("cap", ctypes.c_float),
         *sizes("first_class"),
         *pointers("ids"),
-        *sizes("id_count", "excludes_ids"),
+        *sizes("id_count"),
         *pointers("maximum", "total", "moment", "at_ids", "sums"),
     )
 
@@ -81,14 +81,13 @@ def add_scores(
     hidden: Packed,
     out: Outputs | None,
     ids: Tensor,
-    excludes_ids: bool,
     running: Running,
 ) -> None:
     """Compute ``x = (weight hidden).T`` tile by tile, and fold its logits into `running`, in place.
 
-    `hidden` [D, rows] packed; `out`: where x goes, from the first class on, None: nowhere. `ids`,
-    `excludes_ids` and `running` are those of `native.add_statistics`. Raises TypeError/ValueError
-    for a tensor that does not fit, RuntimeError without the products.
+    `hidden` [D, rows] packed; `out`: where x goes, from the first class on, None: nowhere. `ids`
+    and `running` are those of `native.add_statistics`. Raises TypeError/ValueError for a tensor
+    that does not fit, RuntimeError without the products.
     """
     classes, k = tiles.weight.shape
     rows, id_count = hidden.n, ids.shape[1] if ids.ndim == 2 else 0
@@ -111,7 +110,7 @@ def add_scores(
         *(tiles.scale, c_cap("cap", tiles.cap)),
         tiles.first_class,
         address("ids", ids, torch.int64, (rows, id_count)),
-        *(id_count, excludes_ids),
+        id_count,
         address("running.maximum", running.maximum, torch.float32, (rows,)),
         address("running.total", running.total, torch.float64, (rows,)),
         None if moment is None else address("running.moment", moment, torch.float64, (rows,)),

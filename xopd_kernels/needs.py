@@ -19,6 +19,8 @@ MAX_CHUNK_ROWS = 4096  # more rows no longer help the GEMMs
 MAX_NATIVE_SCORING_ROWS = 2048  # as many as GEMMs over a tile of classes gain from
 MAX_SCORING_ROWS = 16_384  # without logits a chunk only bounds the copy of its hidden states
 TRITON_ROW_STEP = 128  # rows of a tile
+FILLED_ROWS = 4  # fewer are filled up to them where fp32 d_hidden is summed on the CPU
+FILLED_CLASSES = 512  # of them at a time: small beside the rest of a chunk
 _LEAST_PIECE_BYTES = 64
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
 
@@ -99,6 +101,8 @@ class Needs:
             scratch += 4 * (tile + 1) + 2 * whole(dim)  # d_logit twice, hidden states
             fixed += 2 * whole(dim) + 2 * tile
             row = 2 * whole(dim)
+        elif work.wanted.hidden:
+            fixed += 4 * FILLED_ROWS * (min(FILLED_CLASSES, tile) + dim)
         row += 4 * work.shared_tile_dim
         limit = (tile + tile % 2) * row
         step = 2 if row else 1

@@ -29,21 +29,26 @@ struct RowSums {
     maximum = found;
   }
 
-  // The logits `z`, a whole number of steps; with `e` their exponentials are written there.
+  // The logits `z`, a whole number of steps; with `e` their exponentials are written there. Those
+  // of the maximum, 1, are counted apart: beside them fp32 loses what the others add to a
+  // probability near 1.
   template <bool HAS_MOMENT>
   void add(const float* z, int64_t count, float* e = nullptr) {
     const Floats reference = splat(maximum == -INF ? 0.0f : maximum);
-    Sum totals, moments;
+    const Floats one = splat(1.0f);
+    Sum totals, tops, moments;
     for (int64_t i = 0; i < count; i += STEP) {
       for (int64_t k = 0; k < UNROLL; ++k) {
         const Floats shifted = load(z + i + k * WIDTH) - reference;
         const Floats value = exp(shifted);
         if (e != nullptr) store(e + i + k * WIDTH, value);
-        totals.lanes[k] += value;
+        const auto is_top = shifted == Floats{};
+        totals.lanes[k] += is_top ? Floats{} : value;
+        tops.lanes[k] += is_top ? one : Floats{};
         if (HAS_MOMENT) moments.lanes[k] += value * at_least(shifted, splat(LOG_ZERO));
       }
     }
-    total += totals.total();
+    total += totals.total() + tops.total();
     if (HAS_MOMENT) moment += moments.total();
   }
 };

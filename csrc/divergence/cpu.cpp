@@ -122,6 +122,7 @@ struct Divergence {
 template <Kind KIND>
 void add_row(const xopd_divergence& call, int64_t row) {
   Pair pair;
+  const Floats bound = splat(call.bound[row]);
   const auto divergence = Divergence<KIND>::of(call.beta);
   const RowLogprob p = RowLogprob::of(call.student, row), q = RowLogprob::of(call.teacher, row);
   for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
@@ -129,16 +130,20 @@ void add_row(const xopd_divergence& call, int64_t row) {
     transform(call.student.logits, row, begin, count, pair.student, nullptr);
     transform(call.teacher.logits, row, begin, count, pair.teacher, nullptr);
     divergence.prepare(pair, p, q, count, true);
-    Sum values, slopes;
+    Sum values, tops, others;
     for (int64_t i = 0; i < padded(count); i += STEP) {
       for (int64_t k = 0; k < UNROLL; ++k) {
-        const Term term = divergence.term(pair, i + k * WIDTH);
+        const int64_t at = i + k * WIDTH;
+        const Term term = divergence.term(pair, at);
+        const auto is_top = load(pair.student.values + at) > bound;
         values.lanes[k] += term.value;
-        slopes.lanes[k] += term.slope;
+        tops.lanes[k] += is_top ? term.slope : Floats{};
+        others.lanes[k] += is_top ? Floats{} : term.slope;
       }
     }
     call.value[row] += values.total();
-    call.slope_sum[row] += slopes.total();
+    call.slope_top[row] += tops.total();
+    call.slope_others[row] += others.total();
   }
 }
 
@@ -151,6 +156,8 @@ void write_row(const xopd_divergence_gradient& call, int64_t row) {
   const auto divergence = Divergence<KIND>::of(call.beta);
   const RowLogprob p = RowLogprob::of(call.student, row), q = RowLogprob::of(call.teacher, row);
   const Floats slope_sum = splat(call.slope_sum[row]), weight = splat(call.weight[row]);
+  const Floats slope_others = splat(call.slope_others[row]), rest = splat(call.rest[row]);
+  const Floats bound = splat(call.bound[row]);
   const Floats scaled_weight = weight * logits.scale;
   for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
     const int64_t count = std::min(PIECE, call.classes - begin);
@@ -160,7 +167,9 @@ void write_row(const xopd_divergence_gradient& call, int64_t row) {
     float* out = call.out + row * call.out_row_stride + begin;
     const auto value = [&](int64_t at) {
       const Floats factor = slope == nullptr ? scaled_weight : weight * load(slope->values + at);
-      return factor * (divergence.slope(pair, at) - load(pair.student.values + at) * slope_sum);
+      const Floats u = divergence.slope(pair, at), prob = load(pair.student.values + at);
+      const Floats of_top = u * rest - prob * slope_others, other = u - prob * slope_sum;
+      return factor * (prob > bound ? of_top : other);
     };
     int64_t i = 0;
     for (; i + WIDTH <= count; i += WIDTH) store(out + i, value(i));

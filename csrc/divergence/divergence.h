@@ -14,26 +14,33 @@ struct xopd_side {
   const float* log_total;  // [rows]
 };
 
-// value and slope_sum grow by the terms of a tile of classes.
+// value and the sums of u = d value / d log p grow by the terms of a tile of classes. A class of p
+// above the row's bound, at most one, stands apart: its gradient is made of the others'.
 struct xopd_divergence {
   xopd_side student;
   xopd_side teacher;
   int64_t rows;
   int64_t classes;
   double beta;
-  double* value;      // [rows]
-  double* slope_sum;  // [rows] sum of u = d value / d log p
+  const float* bound;    // [rows]
+  double* value;         // [rows]
+  double* slope_top;     // [rows] u of the class above the bound
+  double* slope_others;  // [rows] sum of u over all others
 };
 
-// out = slope(x) * weight * (u - p * slope_sum), x and p of the student.
+// out = slope(x) * weight * (u - p * slope_sum), x and p of the student; above the bound
+// slope(x) * weight * (u * rest - p * slope_others), the same without a difference of numbers near 1.
 struct xopd_divergence_gradient {
   xopd_side student;
   xopd_side teacher;
   int64_t rows;
   int64_t classes;
   double beta;
-  const float* slope_sum;  // [rows]
-  const float* weight;     // [rows]
+  const float* bound;         // [rows]
+  const float* slope_sum;     // [rows] of all classes
+  const float* slope_others;  // [rows]
+  const float* rest;          // [rows] 1 - p of the class above the bound
+  const float* weight;        // [rows]
   float* out;              // [rows, classes]
   int64_t out_row_stride;
 };

@@ -11,9 +11,9 @@ static_assert(WIDTH == LANES, "a vector of sums is a vector of floats");
 static_assert(sizeof(xopd_tile_sums::maximum) == COLUMNS * sizeof(float), "one for each column");
 
 // How far above its reference a logit may lie: e^16 of a sum in fp64 loses nothing. Without it a
-// row's maximum is exp(0), exactly 1; with it, exp's error of 1e-7 hides what the other classes add
-// to a probability near 1. So there is none where that class may be among those summed. A moment
-// has none either, because its terms would no longer have one sign.
+// row's maximum is exp(0), exactly 1 and counted apart; with it, exp's error of 1e-7 hides what the
+// other classes add to a probability near 1. So there is none where that class may be among those
+// summed: without ids. A moment has none either, as its terms would no longer have one sign.
 constexpr float HEADROOM = 16.0f;
 
 // What a task keeps of its 64 rows while it goes through a tile.
@@ -46,7 +46,7 @@ inline void find_ids(const xopd_scores& call, int64_t first_row, int64_t begin, 
 }
 
 // Writes the logits z [M, 16] of ids among the classes [at, at + M) of the tile, and takes them
-// out where they are excluded.
+// out.
 template <int64_t M>
 void take_ids(const xopd_scores& call, int64_t first_row, int64_t begin, int64_t end, int64_t at,
               int64_t lane, Floats (&z)[M], Rows64& rows) {
@@ -56,7 +56,7 @@ void take_ids(const xopd_scores& call, int64_t first_row, int64_t begin, int64_t
     while (next < at + M) {
       Floats& found = z[next - at];
       call.at_ids[row * call.id_count + rows.at[lane + i]] = found[i];
-      if (call.excludes_ids != 0) found[i] = -INF;
+      found[i] = -INF;
       const int32_t last = next;
       next = class_of(call, row, ++rows.at[lane + i], begin, end);
       if (next < last) next = NO_CLASS;  // they do not ascend
@@ -99,13 +99,17 @@ XOPD_BF16 inline void add_logits(const Floats (&z)[M], float headroom, float* ma
   }
   const Floats old = load(reference);
   const Floats base = old == splat(-INF) ? Floats{} : old;
-  Floats sum{}, weighted{};
+  const Floats one = splat(1.0f);
+  Floats sum{}, tops{}, weighted{};
   for (int64_t i = 0; i < M; ++i) {
     const Floats shifted = z[i] - base, e = exp(shifted);
-    sum += e;
+    const auto is_top = shifted == Floats{};
+    sum += is_top ? Floats{} : e;  // as in RowSums.add
+    tops += is_top ? one : Floats{};
     if (HAS_MOMENT) weighted += e * at_least(shifted, splat(LOG_ZERO));
   }
   add_to(total, sum);
+  add_to(total, tops);
   if (HAS_MOMENT) add_to(moment, weighted);
 }
 
@@ -114,7 +118,7 @@ template <int64_t M, bool HAS_MOMENT>
 XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t begin, int64_t end,
                            int64_t at, Rows64& rows, xopd_tile_sums& sums) {
   const int64_t pairs = call.k / 2, stride = end - begin;
-  const float headroom = HAS_MOMENT || call.excludes_ids == 0 ? 0.0f : HEADROOM;
+  const float headroom = HAS_MOMENT || call.id_count == 0 ? 0.0f : HEADROOM;
   __m512 products[M][VECTORS];
   for (auto& row : products) {
     for (auto& vector : row) vector = _mm512_setzero_ps();

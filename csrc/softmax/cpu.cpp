@@ -27,7 +27,7 @@ void add_row(const xopd_statistics& call, int64_t row) {
     const int64_t first = call.first_class + begin;
     for_ids(ids, call.id_count, first, first + count, [&](int64_t k, int64_t at) {
       at_ids[k] = z.values[at];
-      if (call.excludes_ids != 0) z.values[at] = -INF;
+      z.values[at] = -INF;
     });
     sums.raise(largest_of(z, padded(count)));
     sums.add<HAS_MOMENT>(z.values, padded(count));

@@ -13,9 +13,8 @@ struct xopd_statistics {
   int64_t rows;
   int64_t classes;
   int64_t first_class;  // class number of column 0
-  const int64_t* ids;   // [rows, id_count] class numbers, ascending in a row
-  int64_t id_count;
-  int64_t excludes_ids;  // 1: the ids take no part in maximum, total, moment
+  const int64_t* ids;   // [rows, id_count] class numbers, ascending in a row: they take no part
+  int64_t id_count;     // in maximum, total, moment
   float* maximum;        // [rows]
   double* total;         // [rows] sum exp(z - maximum)
   double* moment;        // [rows] sum exp(z - maximum) (z - maximum), or null

@@ -15,7 +15,7 @@ from tests.kernels.sparse_cases import (
     make_case,
     policy,
 )
-from xopd_kernels import linear_policy_loss
+from xopd_kernels import Backend, linear_policy_loss
 from xopd_kernels.linear_policy_loss.sparse_op import linear_policy_loss_sparse_op
 from xopd_kernels.validation import check_sparsity
 
@@ -160,3 +160,19 @@ def test_a_copy_of_the_call_under_autocast():
     low = inputs.to(torch.bfloat16)
     expected = linear_policy_loss(*low[:2], low.target, **call)
     assert all(torch.equal(one, other) for one, other in zip(out, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", [Backend.NATIVE, Backend.REFERENCE])
+def test_autocast_changes_no_gradient_of_low_precision_tensors(backend):
+    """What the operator multiplies by itself, as for the tail of d_hidden, is not cast once more."""
+    inputs, advantage = make_case(torch.bfloat16)
+    call = {"advantage": advantage, **SPARSE, "backend": backend}
+    found = []
+    for is_on in (False, True):
+        hidden = inputs.hidden.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_on):
+            out = linear_policy_loss(hidden, inputs.weight, inputs.target, **call)
+        out.loss.backward()
+        found.append(hidden.grad)
+    assert (out.dropped_mass > 0).any()
+    assert torch.equal(*found)

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from tests.native.formulas import EPSILON, block, linear, logits_of, seeded, slope_of
 from xopd_kernels.chunk.kl import Divergence, row_divergence
-from xopd_kernels.native import Logits, Side, add_divergence, write_divergence_gradient
+from xopd_kernels.native import (
+    DivergenceSums,
+    DivergenceTerms,
+    Logits,
+    Side,
+    add_divergence,
+    write_divergence_gradient,
+)
 
 pytestmark = pytest.mark.usefixtures("library")
 
@@ -43,13 +50,27 @@ def cut(model: Side, classes: slice, rows: slice = slice(None)) -> Side:
     return Side(logits, model.maximum[rows], model.log_total[rows])
 
 
+def empty(rows: int) -> DivergenceSums:
+    """Sums from which no class stands apart."""
+    return DivergenceSums(torch.full((rows,), torch.inf), *torch.zeros(3, rows, dtype=torch.float64))
+
+
 def run(student: Side, teacher: Side, beta: float, width: int) -> tuple[Tensor, Tensor]:
     rows, classes = student.logits.x.shape
-    value, slope_sum = torch.zeros(2, rows, dtype=torch.float64)
+    sums = empty(rows)
     for begin in range(0, classes, width):
         tile = slice(begin, min(begin + width, classes))
-        add_divergence(cut(student, tile), cut(teacher, tile), beta, value, slope_sum)
-    return value, slope_sum
+        add_divergence(cut(student, tile), cut(teacher, tile), beta, sums)
+    assert sums.slope_top.eq(0).all()
+    return sums.value, sums.slope_others
+
+
+def write(
+    student: Side, teacher: Side, beta: float, slope_sum: Tensor, weight: Tensor, out: Tensor
+) -> None:
+    nothing = torch.full_like(weight, torch.nan)  # is not read where no class stands apart
+    terms = DivergenceTerms(torch.full_like(weight, torch.inf), slope_sum, nothing, nothing, weight)
+    write_divergence_gradient(student, teacher, beta, terms, out)
 
 
 def reference(student: Side, teacher: Side, beta: float) -> tuple[Divergence, Divergence]:
@@ -82,7 +103,7 @@ def test_divergence_and_gradient(
 
     rounded, weight = slope_sum.float(), torch.rand(rows, generator=seeded(seed))
     out = torch.full((rows, classes + gap), 7.0)
-    write_divergence_gradient(student, teacher, beta, rounded, weight, out[:, :classes])
+    write(student, teacher, beta, rounded, weight, out[:, :classes])
     p = logprob_of(student).exp()
     parts = exact.slope, p * rounded[:, None]
     expected = weight[:, None] * (parts[0] - parts[1])
@@ -111,7 +132,7 @@ def test_equal_models_have_no_divergence(beta: float) -> None:
     value, slope_sum = run(student, student, beta, 333)
     assert value.eq(0).all()
     out = torch.empty(5, 333)
-    write_divergence_gradient(student, student, beta, slope_sum.float(), torch.ones(5), out)
+    write(student, student, beta, slope_sum.float(), torch.ones(5), out)
     assert out.abs().max() <= 4 * EPSILON
 
 
@@ -129,7 +150,7 @@ def test_classes_without_mass(beta: float) -> None:
     assert torch.allclose(slope_sum, slopes, rtol=1e-5, atol=1e-6)
     out = torch.empty_like(x)
     finite = slope_sum.float().where(slopes.isfinite(), 0.0)
-    write_divergence_gradient(student, teacher, beta, finite, torch.ones(4), out)
+    write(student, teacher, beta, finite, torch.ones(4), out)
     expected = exact.slope - logprob_of(student).exp() * finite[:, None]
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -155,7 +176,7 @@ def test_caps_scales_and_biases_of_both_models(beta: float) -> None:
     # A capped logit of 4 and more is off by a few roundings itself.
     assert (value - exact.value).abs().le(64 * EPSILON * exact.value).all()
     out, weight = torch.empty(6, 500), torch.rand(6, generator=seeded(5))
-    write_divergence_gradient(student, teacher, beta, slope_sum.float(), weight, out)
+    write(student, teacher, beta, slope_sum.float(), weight, out)
     p = logprob_of(student).exp()
     parts = exact.slope, p * slope_sum[:, None]
     factor = slope_of(student.logits) * weight[:, None]
@@ -164,9 +185,38 @@ def test_caps_scales_and_biases_of_both_models(beta: float) -> None:
 
 
 def run_whole(student: Side, teacher: Side, beta: float) -> tuple[Tensor, Tensor]:
-    value, slope_sum = torch.zeros(2, len(student.maximum), dtype=torch.float64)
-    add_divergence(student, teacher, beta, value, slope_sum)
-    return value, slope_sum
+    sums = empty(len(student.maximum))
+    add_divergence(student, teacher, beta, sums)
+    return sums.value, sums.slope_others
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("at", [0, 15, 500, 1029])
+def test_a_class_that_stands_apart(beta: float, at: int) -> None:
+    """Its gradient has all digits, those of the others are what they were."""
+    x = torch.linspace(-30, -16, 40)[:, None] + torch.randn(40, 1030, generator=seeded(0))
+    x[:, at] = 0.0
+    other = x + 0.5 * torch.randn(x.shape, generator=seeded(1))
+    student, teacher = side(linear(x)), side(linear(other))
+    sums = empty(40)._replace(bound=torch.full((40,), 0.5))
+    for tile in (slice(0, 400), slice(400, 1030)):
+        add_divergence(cut(student, tile), cut(teacher, tile), beta, sums)
+    p = logprob_of(student).exp()
+    slope = row_divergence(logprob_of(student), logprob_of(teacher), beta).slope
+    others = torch.arange(1030) != at
+    top, rests, sizes = slope[:, at], slope[:, others].sum(1), slope[:, others].abs().sum(1)
+    assert (sums.slope_top - top).abs().le(24 * EPSILON * top.abs()).all()
+    assert (sums.slope_others - rests).abs().le(24 * EPSILON * sizes).all()
+    rest, whole = p[:, others].sum(1), sums.slope_top + sums.slope_others
+    terms = (whole.float(), sums.slope_others.float(), rest.float(), torch.ones(40))
+    out = torch.empty_like(x)
+    gradient_terms = DivergenceTerms(sums.bound, *terms)
+    write_divergence_gradient(student, teacher, beta, gradient_terms, out)
+    bound = 24 * EPSILON * (top.abs() * rest + p[:, at] * sizes)
+    assert (out[:, at] - (top * rest - p[:, at] * rests)).abs().le(bound).all()
+    plain = torch.empty_like(x)
+    write(student, teacher, beta, whole.float(), torch.ones(40), plain)
+    assert out[:, others].equal(plain[:, others])
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -175,7 +225,7 @@ def test_a_row_depends_on_itself_alone_and_never_on_threads(beta: float) -> None
         value, slope_sum = run(student, teacher, beta, 700)
         out = torch.empty(student.logits.x.shape)
         weight = torch.full_like(student.maximum, 0.7)
-        write_divergence_gradient(student, teacher, beta, slope_sum.float(), weight, out)
+        write(student, teacher, beta, slope_sum.float(), weight, out)
         return value, slope_sum, out
 
     student, teacher = pair(67, 1030, 0, 0.3, gap=3)

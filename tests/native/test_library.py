@@ -104,13 +104,14 @@ RUNNING = Running(
     torch.zeros(ROWS, K),
 )
 TERMS = GradientTerms(torch.zeros(ROWS), torch.ones(ROWS), None, IDS, torch.zeros(ROWS, K))
+NEGATIVE = torch.zeros(ROWS, CLASSES, dtype=torch.complex64).conj().imag  # has the negative bit
 SIDE = Side(STUDENT, torch.zeros(ROWS), torch.zeros(ROWS))
 
 
 def add_statistics(
     logits: Logits = STUDENT, first_class: int = 0, ids: Tensor = IDS, running: Running = RUNNING
 ) -> None:
-    native.add_statistics(logits, first_class, ids, False, running)
+    native.add_statistics(logits, first_class, ids, running)
 
 
 def write_gradient(
@@ -124,19 +125,17 @@ def write_gradient(
 def add_divergence(
     student: Side = SIDE, teacher: Side = SIDE, beta: float = 0.5, value: Tensor | None = None
 ) -> None:
-    sums = torch.zeros(2, ROWS, dtype=torch.float64)
-    native.add_divergence(student, teacher, beta, sums[0] if value is None else value, sums[1])
+    zeros = torch.zeros(3, ROWS, dtype=torch.float64)
+    sums = native.DivergenceSums(torch.ones(ROWS), *zeros)
+    sums = sums if value is None else sums._replace(value=value)
+    native.add_divergence(student, teacher, beta, sums)
 
 
 def write_divergence_gradient(weight: Tensor | None = None, out: Tensor | None = None) -> None:
-    native.write_divergence_gradient(
-        SIDE,
-        SIDE,
-        0.5,
-        torch.zeros(ROWS),
-        torch.ones(ROWS) if weight is None else weight,
-        torch.empty(ROWS, CLASSES) if out is None else out,
-    )
+    ones = torch.ones(4, ROWS)
+    terms = native.DivergenceTerms(*ones, weight=ones[0] if weight is None else weight)
+    out = torch.empty(ROWS, CLASSES) if out is None else out
+    native.write_divergence_gradient(SIDE, SIDE, 0.5, terms, out)
 
 
 def fewer(tensor: Tensor) -> Tensor:
@@ -148,6 +147,7 @@ WRONG: list[tuple[str, type[Exception], Callable[[], None]]] = [
     ("logits.x", TypeError, lambda: add_statistics(STUDENT._replace(x=STUDENT.x.to("meta")))),
     ("logits.x", ValueError, lambda: add_statistics(STUDENT._replace(x=torch.zeros(5)))),
     ("logits.x", ValueError, lambda: add_statistics(STUDENT._replace(x=torch.zeros(5, 3).t()))),
+    ("logits.x must hold", ValueError, lambda: add_statistics(STUDENT._replace(x=NEGATIVE))),
     ("logits.bias", ValueError, lambda: add_statistics(STUDENT._replace(bias=torch.zeros(4)))),
     ("logits.cap", ValueError, lambda: add_statistics(STUDENT._replace(cap=0.0))),
     ("first_class", ValueError, lambda: add_statistics(first_class=-1)),
@@ -195,7 +195,7 @@ WRONG: list[tuple[str, type[Exception], Callable[[], None]]] = [
     ("out", ValueError, lambda: write_gradient(out=torch.empty(1, CLASSES).expand(ROWS, -1))),
     ("out must not overlap", ValueError, lambda: write_gradient(out=STUDENT.x)),
     ("beta", ValueError, lambda: add_divergence(beta=1.5)),
-    ("value", TypeError, lambda: add_divergence(value=torch.zeros(ROWS))),
+    ("sums.value", TypeError, lambda: add_divergence(value=torch.zeros(ROWS))),
     (
         "teacher.logits.x",
         ValueError,
@@ -206,7 +206,7 @@ WRONG: list[tuple[str, type[Exception], Callable[[], None]]] = [
         ValueError,
         lambda: add_divergence(student=SIDE._replace(log_total=torch.zeros(ROWS + 1))),
     ),
-    ("weight", ValueError, lambda: write_divergence_gradient(weight=torch.ones(ROWS + 1))),
+    ("terms.weight", ValueError, lambda: write_divergence_gradient(weight=torch.ones(ROWS + 1))),
     ("out must not overlap", ValueError, lambda: write_divergence_gradient(out=STUDENT.x)),
 ]
 

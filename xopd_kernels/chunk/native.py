@@ -26,7 +26,7 @@ from xopd_kernels.chunk.native_gemm import (
     as_factors,
 )
 from xopd_kernels.chunk.native_kept import KeptGradient, KeptRows
-from xopd_kernels.chunk.reference import LiveRows, next_rows
+from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.native_matmul import Packed, multiplies
 from xopd_kernels.native_scores import Outputs
 from xopd_kernels.records import GradientSink, Head, HeadGradient
@@ -302,6 +302,6 @@ def chunks(
             workspace = workspace or _workspace(call, rows, keeps_logits)
             place = workspace, call.step
         store, step = place
-        part = slice(begin, begin + next_rows(live.live - begin, step))
+        part = slice(begin, min(begin + step, live.live))
         yield Chunk.of(part, live.chunk(hidden, part), call.head.weight, store)
         begin = part.stop

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xopd_kernels.chunk.reference import add_product_
 from xopd_kernels.native import Running
 from xopd_kernels.native_matmul import (
     Packed,
@@ -75,7 +76,7 @@ class Fp32Gradient(NamedTuple):
     ) -> None:
         """``d_hidden += d_logit @ weight[tile]``, ``d_weight = (or +=) d_logit.T @ hidden``."""
         if d_hidden is not None:
-            d_hidden.addmm_(d_logit, self.gemms.upcast(tile))
+            add_product_(d_hidden, d_logit, self.gemms.upcast(tile))
         if d_weight is None:
             return
         if is_added:
@@ -108,7 +109,6 @@ class Bf16Gemms(NamedTuple):
         head: Head,
         out: Outputs,
         ids: Tensor,
-        excludes_ids: bool,
         running: Running,
     ) -> None:
         """The linear outputs of all tiles, kept if `out` has a place for each, and statistics."""
@@ -120,7 +120,7 @@ class Bf16Gemms(NamedTuple):
             bias = None if head.bias is None else head.bias[part].float().contiguous()
             classes = Tiles(self.rows(part), self.step, begin, bias, *head.scale_and_cap)
             place = out.after(begin) if out.words_of_class > 0 else None
-            add_scores(classes, hidden, place, ids, excludes_ids, running)
+            add_scores(classes, hidden, place, ids, running)
 
     def gradient(self, hidden: Tensor, d_tile: Tensor) -> "Bf16Gradient":
         """The gradients of `hidden` [rows, D] and of the weight; `d_tile` is not used."""

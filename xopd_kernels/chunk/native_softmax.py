@@ -46,7 +46,7 @@ class Softmax(NamedTuple):
         ids, shard = self.ids[chunk.part], self.call.shard
         # The target stands apart: beside a probability near 1, sums of fp32 would lose the other
         # classes, and they are what its log-prob and its gradient are made of.
-        running = sweep(self.model, chunk, ids, self.call.work.needs_entropy, excludes_ids=True)
+        running = sweep(self.model, chunk, ids, self.call.work.needs_entropy)
         is_local = ids[:, 0] >= 0
         at_target = running.at_ids[:, 0].where(is_local, -torch.inf)
         # fmax: as in the sweep, a NaN is left to the sums.
@@ -75,9 +75,11 @@ def sweep(
     chunk: Chunk,
     ids: Tensor,
     needs_moment: bool = False,
-    excludes_ids: bool = False,
 ) -> native.Running:
-    """Compute the logits of a chunk and fold them into statistics; `ids` [rows, K] ascending."""
+    """Compute the logits of a chunk and fold them into statistics, without those of the ids.
+
+    `ids` [rows, K] ascending.
+    """
     hidden, rows = chunk.hidden, len(chunk.hidden)
     total = hidden.new_zeros(rows, dtype=torch.float64)
     running = native.Running(
@@ -87,11 +89,11 @@ def sweep(
         total.new_zeros(ids.shape, dtype=torch.float32),
     )
     if isinstance(model.gemms, Bf16Gemms):
-        model.gemms.score(chunk.factor, model.head, chunk.store, ids, excludes_ids, running)
+        model.gemms.score(chunk.factor, model.head, chunk.store, ids, running)
         return running
     for tile in model.tiles():
         logits = chunk.fill(model, tile)
-        native.add_statistics(logits, tile.start, ids, excludes_ids, running)
+        native.add_statistics(logits, tile.start, ids, running)
     return running
 
 

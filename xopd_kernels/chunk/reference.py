@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.sparse import Tail
+from xopd_kernels.needs import FILLED_CLASSES, FILLED_ROWS
 from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.shard import VocabShard
 from xopd_kernels.validation import check_target_range
@@ -21,18 +22,23 @@ from xopd_kernels.validation import check_target_range
 LOG_ZERO = -1000.0  # exp(LOG_ZERO) == 0 even in float64; keeps 0 * log(0) at 0, not NaN
 
 
-_FEW_ROWS = 16
+def add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """``out += a @ b``: out [n, D], a [n, T], b [T, D].
 
-
-def next_rows(left: int, step: int) -> int:
-    """Rows of the next chunk of at most `step`, of `left`: the last chunk has more than a few.
-
-    A row or two are multiplied by another routine of torch's, whose sums over a large vocabulary
-    lose ten times as much.
+    One to three rows are multiplied by another routine of torch's, whose sums over a large
+    vocabulary lose ten times as much: they are multiplied with rows of zeros.
     """
-    if step < left < step + _FEW_ROWS and step > 2 * _FEW_ROWS:
-        return step - _FEW_ROWS
-    return min(left, step)
+    rows = len(a)
+    if not 0 < rows < FILLED_ROWS:
+        return out.addmm_(a, b)
+    filled = a.new_zeros(FILLED_ROWS, min(FILLED_CLASSES, len(b)))
+    product = out.new_empty(FILLED_ROWS, out.shape[1])
+    for begin in range(0, len(b), FILLED_CLASSES):
+        part = b[begin : begin + FILLED_CLASSES]
+        factor = filled[:, : len(part)]
+        factor[:rows] = a[:, begin : begin + FILLED_CLASSES]
+        out += torch.mm(factor, part, out=product)[:rows]
+    return out
 
 
 class LiveRows(NamedTuple):
@@ -52,7 +58,7 @@ class LiveRows(NamedTuple):
         """Chunks of at most `step` live rows, in order."""
         begin = 0
         while begin < self.live:
-            end = begin + next_rows(self.live - begin, max(1, step))
+            end = min(begin + max(1, step), self.live)
             yield slice(begin, end)
             begin = end
 
@@ -285,7 +291,7 @@ class GradientSum(NamedTuple):
         if self.hidden is not None:
             d_hidden = torch.zeros_like(hidden)
             for classes, tile in logits.weight_tiles():
-                d_hidden.addmm_(d_logit[:, classes], tile)
+                add_product_(d_hidden, d_logit[:, classes], tile)
             if tail is not None:
                 listed = d_logit[:, :: tail.step] != 0
                 d_hidden -= d_logit.sum(1, keepdim=True) * tail.means(hidden, listed)

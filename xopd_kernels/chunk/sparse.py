@@ -191,12 +191,16 @@ class Tail(NamedTuple):
 
     def means(self, hidden: Tensor, listed: Tensor) -> Tensor:
         """u [rows, D] for `hidden` [rows, D], over the classes that are not `listed` [rows, S]."""
-        z = hidden.to(self.weight.dtype) @ self.weight.t()
+        # With out, autocast leaves the dtypes alone.
+        z = self.weight.new_empty(len(hidden), len(self.weight))
+        torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out=z)
         if self.bias is not None:
             z += self.bias
         share = z.mul_(self.scale).masked_fill_(listed, -torch.inf).softmax(1)
         # Where all of them are entries, or a logit is not finite: any u is right.
-        return share.nan_to_num_(1 / len(self.weight)) @ self.weight
+        share = share.nan_to_num_(1 / len(self.weight))
+        means = self.weight.new_empty(hidden.shape)
+        return torch.mm(share, self.weight, out=means)
 
     def subtract(
         self, d_hidden: Tensor, hidden: Tensor, ids: Tensor, values: Tensor, is_entry: Tensor

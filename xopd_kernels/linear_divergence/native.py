@@ -40,15 +40,15 @@ def forward(
         )
         student = _Filled.of(model, chunk)
         reference = _Filled.of(other, of_teacher)
-        value, slope_sum = hidden.new_zeros(2, len(chunk.hidden), dtype=torch.float64)
+        zeros = hidden.new_zeros(3, len(chunk.hidden), dtype=torch.float64)
+        sums = native.DivergenceSums(student.bound(), *zeros)
         for tile in model.tiles():
-            sides = student.side(tile), reference.side(tile)
-            native.add_divergence(*sides, beta, value, slope_sum)
+            native.add_divergence(student.side(tile), reference.side(tile), beta, sums)
         of_rows = weight[chunk.part]
-        out[0, chunk.part] = value.float() * of_rows
+        out[0, chunk.part] = sums.value.float() * of_rows
         out[1, chunk.part], out[2, chunk.part] = student.lse(), reference.lse()
         if call.work.has_gradient:
-            gradient.add(chunk, None, _writer(student, reference, beta, slope_sum, of_rows))
+            gradient.add(chunk, None, _writer(student, reference, beta, sums, of_rows))
     return LinearDivergence(*(live.spread(x.clone()) for x in out)), gradient.result()
 
 
@@ -59,13 +59,20 @@ class _Filled(NamedTuple):
     chunk: Chunk
     maximum: Tensor  # [rows] fp32, finite
     log_total: Tensor  # [rows] fp32
+    rest: Tensor  # [rows] fp64: probability of all classes but the likeliest
 
     @classmethod
     def of(cls, model: Model, chunk: Chunk) -> "_Filled":
         no_ids = chunk.hidden.new_empty(len(chunk.hidden), 0, dtype=torch.int64)
         running = sweep(model, chunk, no_ids)
         maximum = running.maximum.where(running.maximum != -torch.inf, 0.0)
-        return cls(model, chunk, maximum, running.total.log().float())
+        total = running.total
+        return cls(model, chunk, maximum, total.log().float(), (total - 1) / total)
+
+    def bound(self) -> Tensor:
+        """[rows] fp32: the likeliest class stands apart where it is above it, clearly."""
+        is_certain = self.rest < 0.25
+        return torch.where(is_certain, 0.5, torch.inf).float()
 
     def side(self, tile: slice) -> native.Side:
         return native.Side(self.chunk.kept(self.model, tile), self.maximum, self.log_total)
@@ -75,13 +82,19 @@ class _Filled(NamedTuple):
 
 
 def _writer(
-    student: _Filled, teacher: _Filled, beta: float, slope_sum: Tensor, weight: Tensor
+    student: _Filled,
+    teacher: _Filled,
+    beta: float,
+    sums: native.DivergenceSums,
+    weight: Tensor,
 ) -> Write:
     """What writes the gradient of a tile."""
-    slope_sum = slope_sum.float()
+    slope_sum = (sums.slope_top + sums.slope_others).float()
+    of_rest = sums.slope_others.float(), student.rest.float()
+    terms = native.DivergenceTerms(sums.bound, slope_sum, *of_rest, weight)
 
     def write(tile: slice, out: Tensor) -> None:
         sides = student.side(tile), teacher.side(tile)
-        native.write_divergence_gradient(*sides, beta, slope_sum, weight, out)
+        native.write_divergence_gradient(*sides, beta, terms, out)
 
     return write

@@ -51,9 +51,10 @@ def _fill_rows(
 
     Piece by piece, so that what is between stays small; the slopes replace the teacher's logits.
     """
-    value = out[0].zero_()
+    value, top = out[0].zero_(), z.new_empty(len(z), 1, dtype=torch.int64)
     for rows in pieces(len(z), call.blocks.rows):
-        out[1, rows], out[2, rows] = log_softmax_(z[rows]), log_softmax_(z_teacher[rows])
+        out[1, rows], top[rows] = log_softmax_(z[rows])
+        out[2, rows], _ = log_softmax_(z_teacher[rows])
     columns = min(z.shape[1], call.blocks.piece)
     for rows in pieces(len(z), call.blocks.piece // columns):
         for classes in pieces(z.shape[1], columns):
@@ -62,7 +63,7 @@ def _fill_rows(
             z_teacher[rows, classes] = part.slope
     if call.work.has_gradient:
         # d value / d z = slope - p * sum(slope), with sum p = 1.
-        slope, top = z_teacher, z.argmax(1, keepdim=True)
+        slope = z_teacher
         is_certain = z.gather(1, top).exp() > 0.5
         z.exp_().mul_(-slope.sum(1, keepdim=True)).add_(slope)
         # d value / d z sums to 0; a class of p near 1 has nothing but rounding in the difference.
@@ -78,8 +79,8 @@ def pieces(count: int, step: int) -> Iterator[slice]:
         yield slice(begin, min(begin + step, count))
 
 
-def log_softmax_(z: Tensor) -> Tensor:
-    """The lse of each row of `z` [rows, V], which becomes its log-softmax."""
+def log_softmax_(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The lse and the likeliest class [rows, 1] of `z` [rows, V], which becomes its log-softmax."""
     maximum, top = z.max(1, keepdim=True)
     maximum = maximum.where(maximum != -torch.inf, 0.0)
     z.sub_(maximum)
@@ -89,4 +90,4 @@ def log_softmax_(z: Tensor) -> Tensor:
     others = e.scatter_(1, top, 0.0).sum(1, keepdim=True)
     log_total = (others + (own - 1)).log1p_()
     z.sub_(log_total)
-    return (maximum + log_total).squeeze(1)
+    return (maximum + log_total).squeeze(1), top

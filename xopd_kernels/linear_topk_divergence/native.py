@@ -34,13 +34,13 @@ def forward(
     for chunk in chunks(call, hidden, live, gradient, call.work.has_gradient):
         ids, order = live.chunk(teacher.ids, chunk.part).contiguous().sort(1)
         log_q = live.chunk(teacher.logprob, chunk.part).gather(1, order).to(call.dtype)
-        running = sweep(model, chunk, ids, excludes_ids=True)
+        running = sweep(model, chunk, ids)
         top = running.maximum
         given = TopK(ids, log_q, teacher.has_tail)
         terms = top_k_terms(
             running.at_ids,
             top,
-            running.total.float(),
+            running.total,
             given,
             weight[chunk.part],
             beta,

@@ -93,31 +93,37 @@ def top_k_terms(
     """From the logits of the ids [rows, K] and, of all other classes, maximum and sum [rows].
 
     The others have a maximum `top` of their own (-inf if there are none), `rest` is their sum of
-    exp(z - top): far below the ids, exp(z - maximum) is 0 in all of it.
+    exp(z - top): far below the ids, exp(z - maximum) is 0 in all of it. In fp64: beside a p near 1
+    the gradient is made of the other classes, of which fp32 would keep a digit or none.
     """
+    dtype = at_ids.dtype
+    at_ids, top, rest, weight = (x.double() for x in (at_ids, top, rest, weight))
+    teacher = teacher._replace(logprob=teacher.logprob.double())
     maximum = torch.maximum(top, at_ids.amax(1))
     maximum = maximum.where(maximum != -torch.inf, 0.0)
     at_ids = at_ids - maximum[:, None]
     top = torch.where(top != -torch.inf, top - maximum, 0.0)
     total = rest * top.exp() + at_ids.exp().sum(1)
     log_total = total.log()
-    mass = teacher.logprob.double().logsumexp(1)  # in fp32 a small tail, 1 - mass, has few digits
-    teacher_lse = mass.to(at_ids.dtype)
+    teacher_lse = teacher.logprob.logsumexp(1)
     log_p, log_q = at_ids - log_total[:, None], teacher.logprob
     if teacher.has_tail:
-        log_rest = torch.log((-mass.expm1()).clamp(min=TAIL_FLOOR)).to(at_ids.dtype)
+        log_rest = torch.log((-teacher_lse.expm1()).clamp(min=TAIL_FLOOR))
         if not has_rest:
             log_rest = torch.full_like(log_rest, -torch.inf)
         log_p = torch.cat((log_p, (top + rest.log() - log_total)[:, None]), 1)
         log_q = torch.cat((log_q, log_rest[:, None]), 1)
     value, slope = row_divergence(log_p, log_q, beta, is_normalised=teacher.has_tail)
     # d value / d z_v = slope_v - p_v * sum(slope) for an id; a class of the tail has the share
-    # p_v / p_rest of the slope of the tail.
-    g = slope.sum(1)
-    of_rest = -g * top.exp() / total
+    # p_v / p_rest of the slope of the tail, and with 1 - p_rest = sum p of the ids nothing cancels.
+    k, share = at_ids.shape[1], top.exp() / total
+    p, of_ids = log_p[:, :k].exp(), slope[:, :k].sum(1)
+    of_tail, factor = torch.zeros_like(of_ids), -of_ids
     if teacher.has_tail:
-        of_rest = of_rest + torch.where(rest > 0, slope[:, -1] / rest, 0.0)
-    k = at_ids.shape[1]
-    d_ids = (slope[:, :k] - log_p[:, :k].exp() * g[:, None]) * weight[:, None]
+        of_tail = slope[:, -1]
+        odds = torch.where(rest > 0, p.sum(1) / (rest * share), 0.0)
+        factor = factor + of_tail * odds
+    d_ids = (slope[:, :k] - p * (of_ids + of_tail)[:, None]) * weight[:, None]
     results = (value * weight, maximum + log_total, teacher_lse)
-    return TopKTerms(*results, of_rest * weight, d_ids, rest * top.exp() / total)
+    terms = (*results, factor * share * weight, d_ids, rest * share)
+    return TopKTerms(*(x.to(dtype) for x in terms))

@@ -74,7 +74,7 @@ class _RowTerms(NamedTuple):
         has_rest = listed.total != 0
         top = listed.maximum.where(has_rest, -torch.inf)
         is_part = teacher.ids.shape[1] < classes
-        logits, total = listed.lists.at_ids, listed.total.float()
+        logits, total = listed.lists.at_ids, listed.total
         terms = top_k_terms(logits, top, total, teacher, weight, beta, has_rest=is_part)
         total = listed.total.where(has_rest, 1.0)
         return cls(teacher.ids, listed.maximum, total, terms)

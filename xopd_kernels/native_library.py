@@ -79,12 +79,13 @@ def _installed() -> _Library | str:
     """The installed library that fits this CPU, or why there is none."""
     if sys.platform != "linux":
         return f"the native library is built for Linux, this is {sys.platform}"
-    rebuild = (
-        "install a C++17 compiler (g++, or another one in CXX) and this package again, as before"
-    )
+    folder, rebuild = Path(__file__).parent, "install a C++17 compiler (g++, or another one in CXX)"
+    if (folder.parent / "setup.py").is_file():
+        rebuild += f" and run `python setup.py build_ext --inplace` in {folder.parent}"
+    else:
+        rebuild += " and this package again, with pip's --force-reinstall --no-deps"
     objects = runnable_objects()
     if not objects:
-        folder = Path(__file__).parent
         return f"the native library was not built (no _native_*.so in {folder}); {rebuild}"
     try:
         return _Library.open(objects[0])

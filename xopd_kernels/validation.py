@@ -62,7 +62,7 @@ def check_head(
         if bias.dtype != weight.dtype:
             raise TypeError(
                 f"{prefix}bias must have the dtype of {prefix}weight {weight.dtype}, "
-                f"got {bias.dtype}"
+                f"got {bias.dtype}; use {prefix}bias.to({prefix}weight.dtype)"
             )
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{prefix}bias must be [{weight.shape[0]}], got {list(bias.shape)}")
@@ -102,11 +102,16 @@ def check_budget(memory_budget_bytes: int | None) -> None:
 
 
 def check_number(name: str, value: float) -> None:
-    """Raise TypeError unless `value` is a Python number."""
+    """Raise TypeError unless `value` is a Python number, ValueError unless it fits a float."""
     if isinstance(value, bool) or not isinstance(
         value, int | float | torch.SymFloat | torch.SymInt
     ):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
+        hint = f"; use float({name})" if hasattr(value, "item") else ""
+        raise TypeError(
+            f"{name} must be a number of Python, got {type(value).__name__}: {value!r}{hint}"
+        )
+    if isinstance(value, int) and value.bit_length() > 1000:
+        raise ValueError(f"{name} must fit a float, got an int of {value.bit_length()} bits")
 
 
 def check_index(ignore_index: int) -> None:
@@ -193,7 +198,8 @@ def check_backend(backend: BackendChoice) -> str:
         return str(backend.value)
     if backend != "auto":
         raise ValueError(
-            f'backend must be a Backend (for example Backend.TRITON) or "auto", got {backend!r}'
+            f'backend must be "auto", Backend.NATIVE, Backend.REFERENCE or Backend.TRITON, got '
+            f"{backend!r}"
         )
     return backend
 

@@ -164,7 +164,7 @@ def test_a_copy_of_the_call_under_autocast():
 
 @pytest.mark.parametrize("backend", [Backend.NATIVE, Backend.REFERENCE])
 def test_autocast_changes_no_gradient_of_low_precision_tensors(backend):
-    """What the operator multiplies by itself, as for the tail of d_hidden, is not cast once more."""
+    """What the operator multiplies by itself, as for the tail of d_hidden, is cast once only."""
     inputs, advantage = make_case(torch.bfloat16)
     call = {"advantage": advantage, **SPARSE, "backend": backend}
     found = []

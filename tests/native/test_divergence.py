@@ -52,7 +52,9 @@ def cut(model: Side, classes: slice, rows: slice = slice(None)) -> Side:
 
 def empty(rows: int) -> DivergenceSums:
     """Sums from which no class stands apart."""
-    return DivergenceSums(torch.full((rows,), torch.inf), *torch.zeros(3, rows, dtype=torch.float64))
+    return DivergenceSums(
+        torch.full((rows,), torch.inf), *torch.zeros(3, rows, dtype=torch.float64)
+    )
 
 
 def run(student: Side, teacher: Side, beta: float, width: int) -> tuple[Tensor, Tensor]:

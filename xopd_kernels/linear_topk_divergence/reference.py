@@ -118,12 +118,11 @@ def top_k_terms(
     # p_v / p_rest of the slope of the tail, and with 1 - p_rest = sum p of the ids nothing cancels.
     k, share = at_ids.shape[1], top.exp() / total
     p, of_ids = log_p[:, :k].exp(), slope[:, :k].sum(1)
-    of_tail, factor = torch.zeros_like(of_ids), -of_ids
+    of_tail, of_rest = torch.zeros_like(of_ids), -of_ids * share
     if teacher.has_tail:
         of_tail = slope[:, -1]
-        odds = torch.where(rest > 0, p.sum(1) / (rest * share), 0.0)
-        factor = factor + of_tail * odds
+        of_rest = of_rest + torch.where(rest > 0, of_tail * p.sum(1) / rest, 0.0)
     d_ids = (slope[:, :k] - p * (of_ids + of_tail)[:, None]) * weight[:, None]
     results = (value * weight, maximum + log_total, teacher_lse)
-    terms = (*results, factor * share * weight, d_ids, rest * share)
+    terms = (*results, of_rest * weight, d_ids, rest * share)
     return TopKTerms(*(x.to(dtype) for x in terms))

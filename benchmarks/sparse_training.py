@@ -44,9 +44,9 @@ from xopd_bench.record import Line
 EXACT = "exact"
 FIELDS = frozenset({"study", "seed", "gradient", "steps", "curve", "figures"})
 _MEASURED = frozenset({"date", "curve", "figures", "train_s"})
-_LAST = 0.1  # of the steps: what the final KL and the time of an update are means over
+_LAST = 0.1  # of the steps: what the final KL is a mean over
 _CURVES = (
-    *("kl_speech", "kl_text", "entropy_speech", "entropy_text", "loss", "grad_norm", "update_s"),
+    *("kl_speech", "kl_text", "entropy_speech", "entropy_text", "loss", "grad_norm"),
     *("gradient_error", "dropped_mass_speech", "dropped_mass_text"),
 )
 _TINY: dict[SplitName, int] = {"train": 12, "test": 4, "test_heldout_voice": 2}
@@ -160,14 +160,13 @@ def _ends(folder: Path) -> Line:
     curve = {name: [step[name] for step in steps] for name in _CURVES if name in steps[0]}
     last = max(1, math.ceil(_LAST * len(steps)))
     figures: dict[str, float] = {
-        name: sum(curve[name][-last:]) / last
-        for name in ("kl_speech", "kl_text", "update_s")
-        if name in curve
+        name: sum(curve[name][-last:]) / last for name in ("kl_speech", "kl_text") if name in curve
     }
-    after: dict[str, Any] = json.loads((folder / "eval" / "after.json").read_text("utf-8"))
-    for name in ("speech", "text", "held_out_voice"):
-        if name in after:
-            figures[f"accuracy_{name}"] = after[name]["accuracy"]
+    for prefix, file in (("accuracy", "after.json"), ("before", "before.json")):
+        found: dict[str, Any] = json.loads((folder / "eval" / file).read_text("utf-8"))
+        for name in ("speech", "text", "held_out_voice"):
+            if name in found:
+                figures[f"{prefix}_{name}"] = found[name]["accuracy"]
     return {"curve": curve, "figures": figures}
 
 

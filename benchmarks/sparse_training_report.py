@@ -19,7 +19,6 @@ _FIGURES = {
     "accuracy_speech": "speech, % correct",
     "accuracy_text": "text, % correct",
     "accuracy_held_out_voice": "held-out voices, % correct",
-    "update_s": "update, s a step",
 }
 _PANELS = {
     "kl_speech": "KL to the teacher, speech, nat a token",
@@ -55,12 +54,26 @@ def table(lines: Sequence[Line]) -> str:
         f"| gradient | seeds | {' | '.join(_FIGURES[name] for name in names)} |",
         f"|---|---:|{'---:|' * len(names)}",
     ]
-    for gradient, runs in _groups(lines).items():
+    for gradient, runs in (_before(lines) | _groups(lines)).items():
         values = [[run["figures"].get(name) for run in runs.values()] for name in names]
         cells = [_shown([x for x in column if x is not None]) for column in values]
         rows.append(f"| {gradient} | {len(runs)} | {' | '.join(cells)} |")
-    note = "KL and time: mean of the last tenth of the steps. ± is over seeds."
+    note = "KL: mean of the last tenth of the steps. ± is over seeds."
     return f"{_steps(lines)}\n\n" + "\n".join(rows) + f"\n\n{note}\n"
+
+
+def _before(lines: Sequence[Line]) -> dict[str, dict[int, Line]]:
+    """What the runs of each seed start from, whatever their gradient."""
+    found: dict[int, Line] = {}
+    for line in lines:
+        figures = {
+            f"accuracy_{name.removeprefix('before_')}": value
+            for name, value in line["figures"].items()
+            if name.startswith("before_")
+        }
+        if figures:
+            found[line["seed"]] = {"figures": figures}
+    return {"before training": found} if found else {}
 
 
 def _shown(values: Sequence[float]) -> str:
@@ -78,7 +91,7 @@ def verdicts(lines: Sequence[Line]) -> str:
     for gradient, runs in groups.items():
         seeds = sorted(exact.keys() & runs.keys())
         for name, label in _FIGURES.items():
-            if name == "update_s" or not seeds:
+            if not seeds:
                 continue
             if any(name not in side[seed]["figures"] for side in (exact, runs) for seed in seeds):
                 continue

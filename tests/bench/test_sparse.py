@@ -207,6 +207,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         (folder / "metrics.jsonl").write_text(text)
         ends = {"speech": {"accuracy": 50.0 + config.train.seed}, "text": {"accuracy": 90.0}}
         (folder / "eval" / "after.json").write_text(json.dumps(ends))
+        starts = {"speech": {"accuracy": 40.0}, "text": {"accuracy": 80.0}}
+        (folder / "eval" / "before.json").write_text(json.dumps(starts))
         folders.append(folder.name)
         return folder
 
@@ -234,6 +236,7 @@ def test_runs_are_trained_once_and_compared(
     assert len(folders) == 9  # nothing new
     shown = capsys.readouterr().out
     assert "| exact | 3 | 2.05 ± 1 |" not in shown  # figures are of the last tenth
+    assert "| before training | 3 | - | 40 ± 0 | 80 ± 0 |" in shown
     assert "- sparse 0.3, KL, speech, nat: +0.3 to exact, within the seeds' spread of 1" in shown
     lines = record.read(path, sparse_training.FIELDS)
     assert lines[0]["figures"]["kl_speech"] == pytest.approx((1 / 19 + 1 / 20) / 2)

@@ -47,7 +47,7 @@ top. With --output every finished cell is kept, and the same command goes on aft
 The exit status is 1 if one of ours was wrong or failed."""
 _EPILOG = """\
 examples:
-  xopd bench --smoke                          every provider that runs here, tiny; two minutes
+  xopd bench --smoke                          every provider that runs here, tiny; 2 to 4 minutes
   xopd bench --shapes 4096x2048x152064 --jobs policy_loss --dtypes bfloat16
   xopd bench --output bench.jsonl             everything; hours on a CPU, resumable
   xopd bench report bench.jsonl --plots plots tables and PNGs of one or several files

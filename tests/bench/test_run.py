@@ -159,27 +159,39 @@ def test_rates_are_shares_of_what_the_device_can_do():
     assert row["gb_s"] == pytest.approx((24 + 300) * 16 * 2 / 5e-3 * 1e-9, abs=1e-4)
 
 
+def large(*lines):
+    """The same of a head that targets are about."""
+    return [{**line, "shape": "24x16x32000"} for line in lines]
+
+
 def test_targets_name_the_worst_cell():
     floor = ok("torch.mm", 10.0, is_floor=True)
     whole = line_of(floor, ok("ours native", 11.0), job=Job.POLICY_LOSS)
     half = line_of(
         floor, ok("ours native", 8.0), ok("TRL chunked", 4.0), job=Job.POLICY_LOSS, masked="50"
     )
-    table = targets_table([whole, half])
-    assert "| G1 policy loss / three GEMMs | <= 1.15 | 1.1 | policy loss, 24x16x300" in table
+    table = targets_table(large(whole, half))
+    assert "| G1 policy loss / three GEMMs | <= 1.15 | 1.1 | policy loss, 24x16x32000" in table
     assert "| G2 half masked / unmasked | <= 0.6 | 0.727 |" in table
     assert "50 % | 0 of 1 |" in table
     assert "| G4 scoring / one GEMM | <= 1.15 | not measured |" in table
     assert "| fastest peer / ours at bf16 | >= 1 | 0.5 |" in table
     on_cuda = [{**whole, "device_type": "cuda"}]
-    assert "| G7 extra memory, MB | <= 650 | not measured |" in targets_table(on_cuda)
+    assert "| G7 extra memory, MB | <= 650 | not measured |" in targets_table(large(*on_cuda))
 
 
 def test_targets_say_where_ours_has_no_figure():
     wrong = Outcome("ours native", Status.WRONG, "at full size: d_hidden")
-    table = targets_table([line_of(wrong), line_of(ok("ours native", 5.0))])
-    assert "Ours has no figure in 1 of 2 cells: scoring, 24x16x300, bfloat16, random, 0 %" in table
+    table = targets_table(large(line_of(wrong), line_of(ok("ours native", 5.0))))
+    assert (
+        "Ours has no figure in 1 of 2 cells: scoring, 24x16x32000, bfloat16, random, 0 %" in table
+    )
     assert "wrong (at full size: d_hidden)" in table
+
+
+def test_targets_are_not_about_tiny_heads():
+    line = line_of(ok("torch.mm", 10.0, is_floor=True), ok("ours native", 50.0))
+    assert "fewer than 4096 classes" in targets_table([line])
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, capsys):

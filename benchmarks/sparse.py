@@ -251,7 +251,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--errors",
         nargs="+",
-        type=_error,
+        type=max_error,
         default=[0.0, 0.01, 0.03, 0.1, 0.3],
         metavar="E",
         help="max_gradient_error (default: 0 0.01 0.03 0.1 0.3)",
@@ -259,7 +259,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     add(
         "--exponents",
         nargs="+",
-        type=_family,
+        type=family,
         default=["0", "1", "1.5", "2", "3"],
         metavar="S",
         help="of the families (default: 0 1 1.5 2 3)",
@@ -297,14 +297,14 @@ def _count(text: str) -> int:
     return value
 
 
-def _error(text: str) -> float:
+def max_error(text: str) -> float:
     value = float(text)
     if not 0.0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"a finite number >= 0, got {text}")
     return value
 
 
-def _family(text: str) -> str:
+def family(text: str) -> str:
     value = float(text)
     if not 0.0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"an exponent is finite and >= 0, got {text}")

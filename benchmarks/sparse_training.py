@@ -178,7 +178,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = commands.add_parser("run", help="train what the output does not have yet").add_argument
-    add("--smoke", action="store_true", help="2 steps of 4 rollouts, one seed; seconds")
+    add(
+        "--smoke",
+        action="store_true",
+        help="2 steps of 4 rollouts, one seed, in a folder that goes",
+    )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     help_text = "max_gradient_error of the sparse runs, beside the exact ones (default: 0.01 0.3)"
     add("--errors", nargs="+", type=_error, default=[0.01, 0.3], metavar="E", help=help_text)

@@ -58,7 +58,7 @@ def memory_plan(
 
     `memory_budget_bytes` bounds the workspace; None: 48 MiB (REFERENCE, NATIVE), 640 MB (TRITON),
     or what 16 rows need if that is more. The fp32 sum of a narrower d_weight, the lists of a
-    sparse gradient (about 40 MiB at most) and the gradients come on top, see the fields.
+    sparse gradient (tens of MiB) and the gradients come on top, see the fields.
 
     Not counted, because they depend on how the inputs lie: a copy of hidden [N, D] whose leading
     dimensions do not flatten as a view (``hidden[:, :-1]``), one of a weight neither of whose
@@ -92,7 +92,7 @@ def memory_plan(
         logits_bytes=chunk * needs.logits,
         tile_bytes=needs.tile(budget),
         block_bytes=needs.blocks(budget),
-        scratch_bytes=chunk * needs.scratch,
+        scratch_bytes=needs.fixed + chunk * needs.scratch,
         accumulator_bytes=weight_elements * work.arithmetic.itemsize * is_rounded
         + 4 * hidden_elements * work.holds_fp32,
         row_bytes=work.rows * _statistics_bytes(work),
@@ -129,6 +129,8 @@ def _check(work: Workload, backend: Backend, budget: int | None) -> None:
             f"top_k must lie in [1, V] for TOPK_DIVERGENCE and be 0 for the others, got "
             f"{work.top_k} for {work.operator.name}"
         )
+    if work.is_sparse and work.operator is Operator.DIVERGENCE:
+        raise ValueError("is_sparse must be False for DIVERGENCE, which has no sparse gradient")
     if backend is not Backend.REFERENCE and work.dtype == torch.float64:
         raise ValueError(f"backend {backend.name} does not run {work.dtype}; REFERENCE does")
 

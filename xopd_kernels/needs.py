@@ -22,6 +22,7 @@ TRITON_ROW_STEP = 128  # rows of a tile
 FILLED_ROWS = 4  # fewer are filled up to them where fp32 d_hidden is summed on the CPU
 FILLED_CLASSES = 512  # of them at a time: small beside the rest of a chunk
 _LEAST_PIECE_BYTES = 64
+_TERM_BYTES = 112  # of an id in `top_k_terms`: fourteen fp64 numbers
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
 
 
@@ -55,7 +56,8 @@ class Needs:
             stored = 1 + is_divergence if work.has_gradient or not is_scoring else 0
             slabs = -(-work.vocab_size // _PARTIAL_CLASSES)
             hidden = max(work.dim, work.teacher_dim) * work.dtype.itemsize
-            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64 + 16 * work.top_k
+            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64
+            scratch += (16 + _TERM_BYTES * work.is_sparse) * work.top_k
             logits = stored * size * work.vocab_size
             return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
         if backend is Backend.NATIVE:
@@ -66,13 +68,18 @@ class Needs:
         logits = row * (1 + is_divergence + has_slope + work.needs_entropy)
         # Hidden states and their gradient in the dtype of the arithmetic, the gradient once more as
         # it is rounded; a chunk's statistics.
-        scratch = (2 * work.dim + work.teacher_dim + 4 * work.top_k + 32) * size
+        scratch = (2 * work.dim + work.teacher_dim + 32) * size
+        scratch += (4 * size + _TERM_BYTES) * work.top_k
         scratch += work.dim * work.dtype.itemsize * (work.dtype != work.arithmetic)
         pieces = 12 if is_divergence else 0  # of the Jensen-Shannon divergence: eleven and masks
         dtypes = {work.dtype, work.teacher_dtype or work.dtype}
         widest = max(work.dim, work.teacher_dim) * size * (dtypes != {work.arithmetic})
         limit = widest * work.vocab_size
-        return cls(logits, scratch, row, pieces, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error)
+        filled = FILLED_ROWS * (min(FILLED_CLASSES, work.vocab_size) + work.dim)
+        return cls(
+            *(logits, scratch, row, pieces, widest, limit, 1, 1, DEFAULT_CPU_BYTES, error),
+            fixed=size * filled * work.wanted.hidden,
+        )
 
     @classmethod
     def _of_native(cls, work: Workload, error: str) -> "Needs":
@@ -82,7 +89,8 @@ class Needs:
         # A tile of logits or of their gradient; hidden states and their gradient; of the policy
         # loss also the hidden states with a gradient.
         copies = 1 + (work.operator is Operator.POLICY_LOSS)
-        scratch = 4 * (tile * work.stores_logits + dim + 32) + 72 * work.top_k
+        scratch = 4 * (dim + 32) + 72 * work.top_k
+        of_tile = 4 * tile * work.stores_logits
         scratch += dim * size * (work.dtype != torch.float32)  # d_hidden rounded
         scratch += work.teacher_dim * _factor_bytes(work.teacher_or_own_dtype, work.teacher_dim)
         scratch += copies * dim * _factor_bytes(work.dtype, dim)
@@ -98,12 +106,14 @@ class Needs:
         # Tiles of the weight, packed or upcast; one of the teacher's or of d_weight unrounded.
         row = 4 * dim * (work.dtype != torch.float32 and not packs)
         if packs and work.has_gradient:
-            scratch += 4 * (tile + 1) + 2 * whole(dim)  # d_logit twice, hidden states
+            of_tile += 4 * (tile + 1) + 2 * whole(dim)  # d_logit twice, hidden states
             fixed += 2 * whole(dim) + 2 * tile
             row = 2 * whole(dim)
         elif work.wanted.hidden:
             fixed += 4 * FILLED_ROWS * (min(FILLED_CLASSES, tile) + dim)
         row += 4 * work.shared_tile_dim
+        # `top_k_terms` are gone when the first tile of d_logit comes.
+        scratch += max(of_tile, (_TERM_BYTES - 32) * work.top_k)
         limit = (tile + tile % 2) * row
         step = 2 if row else 1
         # Hidden states, those of all chunks in one or a tile of d_logit, packed; their gradient.

@@ -110,8 +110,12 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(
             f"{name} must be a number of Python, got {type(value).__name__}: {value!r}{hint}"
         )
-    if isinstance(value, int) and value.bit_length() > 1000:
-        raise ValueError(f"{name} must fit a float, got an int of {value.bit_length()} bits")
+    if isinstance(value, int):
+        try:
+            float(value)
+        except OverflowError:
+            bits = value.bit_length()
+            raise ValueError(f"{name} must fit a float, got an int of {bits} bits") from None
 
 
 def check_index(ignore_index: int) -> None:
@@ -133,11 +137,17 @@ def check_sparsity(
     """What a call may leave out of its gradient, None for "exact"; raises unless it is clear."""
     if gradient not in modes:
         names = " or ".join(f'"{mode}"' for mode in modes)
-        raise ValueError(f"gradient must be {names}, got {gradient!r}")
-    if (gradient == "unbiased") != (gradient_seed is not None):
+        hint = "; linear_policy_loss alone has it" if gradient == "unbiased" else ""
+        raise ValueError(f"gradient must be {names}, got {gradient!r}{hint}")
+    if gradient == "unbiased" and gradient_seed is None:
         raise ValueError(
-            f'gradient_seed must be an int with gradient="unbiased" and is for nothing else, got '
-            f'{gradient_seed!r} with gradient="{gradient}"'
+            'gradient_seed must be an int with gradient="unbiased", got None; pass another one for '
+            "each step, for example the number of the step"
+        )
+    if gradient != "unbiased" and gradient_seed is not None:
+        raise ValueError(
+            f'gradient_seed must be left out with gradient="{gradient}", got {gradient_seed!r}: '
+            'only "unbiased" draws'
         )
     if gradient == "exact":
         if max_gradient_error is not None:
@@ -162,7 +172,8 @@ def check_sparsity(
     if gradient_seed is not None:
         if isinstance(gradient_seed, bool) or not isinstance(gradient_seed, int):
             kind = type(gradient_seed).__name__
-            raise TypeError(f"gradient_seed must be an int, got {kind}: {gradient_seed!r}")
+            hint = "; use int(gradient_seed)" if hasattr(gradient_seed, "item") else ""
+            raise TypeError(f"gradient_seed must be an int, got {kind}: {gradient_seed!r}{hint}")
         if not -(2**63) <= gradient_seed < 2**63:
             raise ValueError(f"gradient_seed must fit 64 bits, got {gradient_seed}")
     return Sparsity(gradient, float(max_gradient_error), gradient_seed or 0)

@@ -123,7 +123,7 @@ def measure(
     is_live[:: rows // live] = 1.0
     target = torch.randint(vocab_size, (rows,), generator=rng).where(is_live > 0, -100)
     options = {"memory_budget_bytes": budget, "softcap": case.softcap, "backend": backend}
-    ids = torch.arange(TOP_K).repeat(rows, 1)
+    ids = torch.arange(work.top_k).repeat(rows, 1)
     teacher = torch.full((rows,), -4.0)
     ahead = {"main_grad_ahead": True} if is_ahead else {}
 
@@ -139,7 +139,7 @@ def measure(
         if case.operator is Operator.DIVERGENCE:
             heads = (hidden, weight, hidden.detach(), weight.detach())
             return linear_divergence(*heads, **given).divergence.sum()
-        heads = (hidden, weight, ids, teacher[:, None].expand(ids.shape))
+        heads = (hidden, weight, ids, teacher[:, None].expand(ids.shape) - 8.0)
         return linear_topk_divergence(*heads, **given).divergence.sum()
 
     return allocations(lambda: torch.autograd.grad(loss(), (hidden, weight), allow_unused=True))

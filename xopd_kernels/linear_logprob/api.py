@@ -94,7 +94,8 @@ def linear_logprob(
         logit_scale: multiplies ``hidden @ weight.T + bias``.
         ignore_index: tokens with this target give 0, have no gradient, and are taken out before
             the first GEMM.
-        needs_entropy: compute the entropy; else it comes back as an empty tensor [0].
+        needs_entropy: compute the entropy; else it comes back as an empty tensor [0]. With "sparse"
+            it is for reading alone: detached, it brings no gradient into a loss.
         vocab_group: ranks that hold contiguous row shards of one weight, in rank order. hidden
             and target must be equal on all of them; d_hidden is summed over them. A DTensor
             weight sharded on dim 0 brings its group along if hidden is a replicated DTensor.

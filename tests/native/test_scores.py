@@ -71,7 +71,7 @@ def check(head: Head, ids: Tensor, running: Running, first: int = 0) -> None:
         .all()
     )
     assert (running.at_ids - at_ids).abs().le(units * at_ids.abs()).all()
-    check_sums(running, expected)
+    check_sums(running, expected, head.cap is not None)
 
 
 @settings(max_examples=80, deadline=None)

@@ -51,7 +51,7 @@ def linear_divergence(
             V_T are sliced away: padding rows of a vocabulary hold no mass.
         beta: in [0, 1]; 0 is the forward KL, 1 (the default) the reverse KL: not the limits of the
             formula between, which are 0. A class of probability 0 in q alone makes the reverse KL
-            inf and its gradient NaN.
+            inf and its gradient NaN. Near 0, fp32 gradients are off by about 3e-8 / beta.
         bias, teacher_bias: [V], [V_T].
         temperature: divides the logits of both.
         softcap, teacher_softcap, logit_scale, teacher_logit_scale: as in `linear_logprob`.

@@ -188,22 +188,31 @@ def _against_error(
             x, y = zip(*shown, strict=True)
             label = _label(line) if style == "o-" else None
             axis.plot(x, y, style, color=f"C{number_of}", label=label, markersize=4)
-    least = min((p.error for line in cells for p in _points(line) if p.error), default=0.01)
-    axis.set_xscale("symlog", linthresh=least)
+    errors = sorted({point.error for line in cells for point in _points(line)})
+    axis.set_xscale("symlog", linthresh=min((error for error in errors if error), default=0.01))
+    axis.set_xticks(errors, [f"{error:g}" for error in errors])
+    axis.xaxis.minorticks_off()
     axis.set_xlabel("e = max_gradient_error")
 
 
 def _against_entropy(
     axis: Axes, cells: Sequence[Line], of: Callable[[_Point], float | None]
 ) -> None:
-    """A line for each threshold over the mean entropy of the families."""
+    """For each threshold a line over the mean entropy of the power laws, stars for `peaked`."""
     points = [point for line in cells for point in _points(line)]
-    for error in sorted({point.error for point in points}):
-        found = [(p.entropy, of(p)) for p in points if p.error == error]
-        shown = sorted((entropy, value) for entropy, value in found if value is not None)
-        if shown:
-            axis.plot(*zip(*shown, strict=True), "o-", label=f"e = {error:g}", markersize=4)
-    axis.set_xlabel("mean entropy of the rows, nat")
+    for order, error in enumerate(sorted({point.error for point in points})):
+        for is_peaked, style in ((False, "o-"), (True, "*")):
+            found = [
+                (p.entropy, of(p))
+                for p in points
+                if p.error == error and ("peaked" in p.line["family"]) == is_peaked
+            ]
+            shown = sorted((entropy, value) for entropy, value in found if value is not None)
+            label = None if is_peaked else f"e = {error:g}"
+            if shown:
+                x, y = zip(*shown, strict=True)
+                axis.plot(x, y, style, color=f"C{order}", label=label, markersize=4 + 5 * is_peaked)
+    axis.set_xlabel("mean entropy of the rows, nat (stars: peaked, peaked-centred)")
 
 
 def _ratio_field(cells: Sequence[Line]) -> tuple[str, str]:
@@ -223,6 +232,7 @@ def _draw_kept(left: Axes, right: Axes, cells: Sequence[Line]) -> None:
     _against_error(left, cells, kept)
     left.set_yscale("log", base=2)
     left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter("{x:g}")
     left.set_ylabel("entries of a row with a list, mean")
     _against_entropy(right, cells, dense)
     right.set_ylabel("rows that stay dense, %")

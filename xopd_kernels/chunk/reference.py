@@ -19,6 +19,7 @@ from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.shard import VocabShard
 from xopd_kernels.validation import check_target_range
 
+_FEW_ROWS = 32  # with 16 threads up to 27 rows were seen to be shared so
 LOG_ZERO = -1000.0  # exp(LOG_ZERO) == 0 even in float64; keeps 0 * log(0) at 0, not NaN
 
 
@@ -26,18 +27,22 @@ def add_product_(out: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """``out += a @ b``: out [n, D], a [n, T], b [T, D].
 
     One to three rows are multiplied by another routine of torch's, whose sums over a large
-    vocabulary lose ten times as much: they are multiplied with rows of zeros.
+    vocabulary lose ten times as much: they are multiplied with rows of zeros. So are the last ones
+    of a few rows more, as threads share them by fours and one may be left with so few.
     """
-    rows = len(a)
-    if not 0 < rows < FILLED_ROWS:
-        return out.addmm_(a, b)
+    rows = len(a) % FILLED_ROWS if len(a) < _FEW_ROWS else 0
+    whole = len(a) - rows
+    if whole > 0:
+        out[:whole].addmm_(a[:whole], b)
+    if rows == 0:
+        return out
     filled = a.new_zeros(FILLED_ROWS, min(FILLED_CLASSES, len(b)))
     product = out.new_empty(FILLED_ROWS, out.shape[1])
     for begin in range(0, len(b), FILLED_CLASSES):
         part = b[begin : begin + FILLED_CLASSES]
         factor = filled[:, : len(part)]
-        factor[:rows] = a[:, begin : begin + FILLED_CLASSES]
-        out += torch.mm(factor, part, out=product)[:rows]
+        factor[:rows] = a[whole:, begin : begin + FILLED_CLASSES]
+        out[whole:] += torch.mm(factor, part, out=product)[:rows]
     return out
 
 

@@ -11,7 +11,7 @@ import torch
 
 from xopd_kernels import native_matmul
 from xopd_kernels.backend import Backend
-from xopd_kernels.needs import MAX_CHUNK_ROWS, Needs, budget_of, fitting_rows
+from xopd_kernels.needs import MAX_CHUNK_ROWS, TERM_BYTES, Needs, budget_of, fitting_rows
 from xopd_kernels.records import Wanted
 from xopd_kernels.validation import check_budget
 from xopd_kernels.workload import LIST_BYTES, TAIL_BYTES, TAIL_CLASSES, Operator, Workload
@@ -87,6 +87,8 @@ def memory_plan(
     weight_elements = work.vocab_size * (has_d_weight * work.dim + wanted.bias)
     hidden_elements = work.rows * work.dim * wanted.hidden
     is_rounded = work.arithmetic != work.dtype
+    # TRITON's exact kernel has no `top_k_terms`; those of REFERENCE are in the scratch.
+    terms = TERM_BYTES * chunk * work.top_k * (work.is_sparse and backend is Backend.TRITON)
     return MemoryPlan(
         chunk_rows=chunk,
         logits_bytes=chunk * needs.logits,
@@ -97,7 +99,7 @@ def memory_plan(
         + 4 * hidden_elements * work.holds_fp32,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(hidden_elements + weight_elements) * size,
-        list_bytes=_list_bytes(work, chunk),
+        list_bytes=_list_bytes(work, chunk) + terms,
     )
 
 

@@ -22,7 +22,7 @@ TRITON_ROW_STEP = 128  # rows of a tile
 FILLED_ROWS = 4  # fewer are filled up to them where fp32 d_hidden is summed on the CPU
 FILLED_CLASSES = 512  # of them at a time: small beside the rest of a chunk
 _LEAST_PIECE_BYTES = 64
-_TERM_BYTES = 112  # of an id in `top_k_terms`: fourteen fp64 numbers
+TERM_BYTES = 112  # of an id in `top_k_terms`: fourteen fp64 numbers
 _PARTIAL_CLASSES = 256  # at least this many classes share one set of partial statistics
 
 
@@ -56,8 +56,7 @@ class Needs:
             stored = 1 + is_divergence if work.has_gradient or not is_scoring else 0
             slabs = -(-work.vocab_size // _PARTIAL_CLASSES)
             hidden = max(work.dim, work.teacher_dim) * work.dtype.itemsize
-            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64
-            scratch += (16 + _TERM_BYTES * work.is_sparse) * work.top_k
+            scratch = hidden + (1 + is_divergence) * 3 * 4 * slabs + 64 + 16 * work.top_k
             logits = stored * size * work.vocab_size
             return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
         if backend is Backend.NATIVE:
@@ -69,7 +68,7 @@ class Needs:
         # Hidden states and their gradient in the dtype of the arithmetic, the gradient once more as
         # it is rounded; a chunk's statistics.
         scratch = (2 * work.dim + work.teacher_dim + 32) * size
-        scratch += (4 * size + _TERM_BYTES) * work.top_k
+        scratch += (4 * size + TERM_BYTES) * work.top_k
         scratch += work.dim * work.dtype.itemsize * (work.dtype != work.arithmetic)
         pieces = 12 if is_divergence else 0  # of the Jensen-Shannon divergence: eleven and masks
         dtypes = {work.dtype, work.teacher_dtype or work.dtype}
@@ -113,7 +112,7 @@ class Needs:
             fixed += 4 * FILLED_ROWS * (min(FILLED_CLASSES, tile) + dim)
         row += 4 * work.shared_tile_dim
         # `top_k_terms` are gone when the first tile of d_logit comes.
-        scratch += max(of_tile, (_TERM_BYTES - 32) * work.top_k)
+        scratch += max(of_tile, (TERM_BYTES - 32) * work.top_k)
         limit = (tile + tile % 2) * row
         step = 2 if row else 1
         # Hidden states, those of all chunks in one or a tile of d_logit, packed; their gradient.

@@ -29,7 +29,8 @@ struct xopd_divergence {
 };
 
 // out = slope(x) * weight * (u - p * slope_sum), x and p of the student; above the bound
-// slope(x) * weight * (u * rest - p * slope_others), the same without a difference of numbers near 1.
+// slope(x) * weight * (u * rest - p * slope_others), the same without a difference of numbers
+// near 1.
 struct xopd_divergence_gradient {
   xopd_side student;
   xopd_side teacher;
@@ -41,7 +42,7 @@ struct xopd_divergence_gradient {
   const float* slope_others;  // [rows]
   const float* rest;          // [rows] 1 - p of the class above the bound
   const float* weight;        // [rows]
-  float* out;              // [rows, classes]
+  float* out;                 // [rows, classes]
   int64_t out_row_stride;
 };
 

@@ -5,7 +5,6 @@
 namespace xopd {
 namespace {
 
-
 // Words [16][16] transposed in registers.
 XOPD_BF16 inline void transpose(__m512i (&r)[LANES]) {
   __m512i t[LANES];
@@ -55,8 +54,8 @@ XOPD_BF16 void pack_rows(const xopd_pack& call, int64_t pair) {
       const int64_t at = begin + v * LANES, count = call.columns - at;
       __m512i words = _mm512_setzero_si512();
       if (count > 0) {
-        const __m256i high = is_whole ? load_row(low + call.row_stride + at, count)
-                                      : _mm256_setzero_si256();
+        const __m256i high =
+            is_whole ? load_row(low + call.row_stride + at, count) : _mm256_setzero_si256();
         words = pairs_of(load_row(low + at, count), high);
       }
       _mm512_storeu_si512(to + v * LANES, words);
@@ -74,8 +73,8 @@ XOPD_BF16 void pack_columns(const xopd_pack& call, int64_t group) {
     for (int64_t i = 0; i < LANES; ++i) {
       words[i] = _mm512_setzero_si512();
       if (begin + i < call.rows) {
-        words[i] = _mm512_maskz_loadu_epi32(mask,
-                                            call.from + (begin + i) * call.row_stride + 2 * pair);
+        words[i] =
+            _mm512_maskz_loadu_epi32(mask, call.from + (begin + i) * call.row_stride + 2 * pair);
       }
     }
     transpose(words);

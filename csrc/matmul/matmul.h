@@ -15,7 +15,7 @@ extern "C" {
 struct xopd_pack {
   const uint16_t* from;
   int64_t rows, columns;
-  int64_t row_stride;  // elements
+  int64_t row_stride;     // elements
   int64_t is_transposed;  // 0: `from` is b [k, n]; 1: it is b^T [n, k], and k is even
   uint32_t* to;
 };
@@ -33,10 +33,10 @@ struct xopd_round {
 // out [m, n] = a [m, k] b [k, n], or out + a b.
 struct xopd_product {
   const uint16_t* a;  // rows of k numbers, with a 0 after them if k is odd
-  int64_t a_stride;  // elements
+  int64_t a_stride;   // elements
   const uint32_t* b;  // packed
   int64_t m, n, k;
-  float* out;  // or null:
+  float* out;         // or null:
   uint16_t* rounded;  // the product rounded to bf16
   int64_t out_stride;
   int64_t is_added;  // to `out`; 0 with `rounded`

@@ -157,8 +157,8 @@ XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t b
 
 template <bool HAS_MOMENT>
 void score_tile(const xopd_scores& call, int64_t tile, int64_t first_row, xopd_tile_sums& sums) {
-  using Block = void (*)(const xopd_scores&, int64_t, int64_t, int64_t, int64_t, Rows64&,
-                         xopd_tile_sums&);
+  using Block =
+      void (*)(const xopd_scores&, int64_t, int64_t, int64_t, int64_t, Rows64&, xopd_tile_sums&);
   constexpr Block BLOCKS[ROWS] = {score_block<1, HAS_MOMENT>, score_block<2, HAS_MOMENT>,
                                   score_block<3, HAS_MOMENT>, score_block<4, HAS_MOMENT>,
                                   score_block<5, HAS_MOMENT>, score_block<6, HAS_MOMENT>};
@@ -186,11 +186,10 @@ void add_tiles(const xopd_scores& call, int64_t row, int64_t tiles, int64_t bloc
     RowSums part{of.reference[lane], of.total[lane], of.moment[lane]};
     // From the tile's reference to the row's, which may lie below it by the headroom.
     if (part.maximum != -INF) {
-      const double shift =
-          static_cast<double>(part.maximum) - static_cast<double>(sums.maximum);
+      const double shift = static_cast<double>(part.maximum) - static_cast<double>(sums.maximum);
       const double factor = std::exp(shift);
-      part.moment = factor == 0.0 ? factor * part.moment
-                                  : factor * (part.moment + shift * part.total);
+      part.moment =
+          factor == 0.0 ? factor * part.moment : factor * (part.moment + shift * part.total);
       part.total *= factor;
     }
     sums.total += part.total;
@@ -216,9 +215,8 @@ extern "C" int32_t xopd_run_scores(const xopd_scores* call, xopd_parallel_for* p
         score(*call, task / blocks, row, call->sums[task]);
       });
   if (status != 0) return status;
-  return xopd::for_rows(parallel, call->rows, tiles, [=](int64_t row) {
-    xopd::add_tiles(*call, row, tiles, blocks);
-  });
+  return xopd::for_rows(parallel, call->rows, tiles,
+                        [=](int64_t row) { xopd::add_tiles(*call, row, tiles, blocks); });
 }
 #else
 extern "C" int32_t xopd_run_scores(const xopd_scores*, xopd_parallel_for*) {

@@ -31,9 +31,9 @@ struct xopd_scores {
   const float* bias;   // [classes] or null
   float scale;         // as in xopd_logits
   float cap;
-  int64_t first_class;  // class number of the first of them
-  const int64_t* ids;   // [rows, id_count] class numbers, ascending in a row: they take no part
-  int64_t id_count;     // in maximum, total, moment
+  int64_t first_class;   // class number of the first of them
+  const int64_t* ids;    // [rows, id_count] class numbers, ascending in a row: they take no part
+  int64_t id_count;      // in maximum, total, moment
   float* maximum;        // [rows]
   double* total;         // [rows]
   double* moment;        // [rows] or null

@@ -1,6 +1,5 @@
-#include "softmax/softmax.h"
-
 #include "common/sums.h"
+#include "softmax/softmax.h"
 
 namespace xopd {
 namespace {

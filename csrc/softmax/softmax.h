@@ -15,10 +15,10 @@ struct xopd_statistics {
   int64_t first_class;  // class number of column 0
   const int64_t* ids;   // [rows, id_count] class numbers, ascending in a row: they take no part
   int64_t id_count;     // in maximum, total, moment
-  float* maximum;        // [rows]
-  double* total;         // [rows] sum exp(z - maximum)
-  double* moment;        // [rows] sum exp(z - maximum) (z - maximum), or null
-  float* at_ids;         // [rows, id_count] z of the ids of this tile; the others stay
+  float* maximum;       // [rows]
+  double* total;        // [rows] sum exp(z - maximum)
+  double* moment;       // [rows] sum exp(z - maximum) (z - maximum), or null
+  float* at_ids;        // [rows, id_count] z of the ids of this tile; the others stay
 };
 
 // out = slope(x) * (alpha e + gamma e max(z - maximum, -1000)), e = exp(z - maximum).

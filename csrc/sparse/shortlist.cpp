@@ -72,7 +72,7 @@ struct Cut {
   static Cut of(const float* z, int64_t count, int64_t wanted, int64_t most, float low,
                 float high) {
     int64_t below = int64_t{rank_of(low)} - 1, above = rank_of(high);  // of the `wanted`-th largest
-    int64_t over = 0;  // values over `above`
+    int64_t over = 0;                                                  // values over `above`
     while (below + 1 < above) {
       const int64_t middle = below + (above - below) / 2;
       const float least = of_rank(static_cast<int32_t>(middle));

@@ -5,7 +5,6 @@
 #include "common/logits.h"
 #include "common/parallel.h"
 
-
 extern "C" {
 
 // For each row the `limit` largest logits, those of equal size by class number, and sums over all
@@ -34,10 +33,10 @@ struct xopd_shortlist {
 
 // Ends a shortlist: at most `limit` entries, then the ids among them.
 struct xopd_finish {
-  xopd_shortlist lists;    // `logits`, `classes`, `first_class` and `at_ids` are not read
-  double* inside;          // [rows] sum exp(z - maximum) of the list, without the ids
-  double* inside_moment;   // [rows] of exp(z - maximum) (z - maximum), or null
-  int64_t* places;         // [rows, id_count] where the ids stand in the list
+  xopd_shortlist lists;   // `logits`, `classes`, `first_class` and `at_ids` are not read
+  double* inside;         // [rows] sum exp(z - maximum) of the list, without the ids
+  double* inside_moment;  // [rows] of exp(z - maximum) (z - maximum), or null
+  int64_t* places;        // [rows, id_count] where the ids stand in the list
   // `z` becomes exp(z - maximum), 0 at the ids; behind the list 0, and -1 in `listed`.
 };
 
@@ -110,7 +109,7 @@ struct xopd_scatter {
 
 // Adds an entry to each of some lists, where its class belongs; one of this class takes the value.
 struct xopd_insert {
-  int32_t* ids;         // [list_rows, row_stride] as in xopd_entries
+  int32_t* ids;  // [list_rows, row_stride] as in xopd_entries
   float* values;
   int64_t* count;
   int64_t list_rows;

@@ -185,7 +185,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     help_text = "max_gradient_error of the sparse runs, beside the exact ones (default: 0.01 0.3)"
-    add("--errors", nargs="+", type=_error, default=[0.01, 0.3], metavar="E", help=help_text)
+    add("--errors", nargs="+", type=max_error, default=[0.01, 0.3], metavar="E", help=help_text)
     add("--steps", type=_count, help="default: the demo's 80")
     add("--threads", type=_count, default=2, help="default: %(default)s, as the demo")
     help_text = "corpus and runs (default: %(default)s)"
@@ -202,7 +202,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def _error(text: str) -> float:
+def max_error(text: str) -> float:
     value = float(text)
     if not 0.0 <= value <= 1.0:
         raise argparse.ArgumentTypeError(f"a number from 0 to 1, got {text}")

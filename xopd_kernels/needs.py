@@ -111,7 +111,7 @@ class Needs:
         elif work.wanted.hidden:
             fixed += 4 * FILLED_ROWS * (min(FILLED_CLASSES, tile) + dim)
         row += 4 * work.shared_tile_dim
-        # `top_k_terms` are gone when the first tile of d_logit comes.
+        # `top_k_terms` are gone when the first tile of d_logit comes; 32 of their bytes are above.
         scratch += max(of_tile, (TERM_BYTES - 32) * work.top_k)
         limit = (tile + tile % 2) * row
         step = 2 if row else 1

@@ -16,6 +16,7 @@ from setuptools.errors import CompileError, LinkError, PlatformError
 SOURCES = [
     "csrc/divergence/cpu.cpp",
     "csrc/matmul/cpu.cpp",
+    "csrc/matmul/rounding.cpp",
     "csrc/matmul/scores.cpp",
     "csrc/softmax/cpu.cpp",
     "csrc/sparse/draw.cpp",

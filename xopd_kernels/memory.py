@@ -78,7 +78,7 @@ def memory_plan(
     """
     _check(work, backend, memory_budget_bytes)
     wanted, size = work.wanted, work.dtype.itemsize
-    needs = Needs.of(work, backend)
+    needs = Needs.of(work, backend, memory_budget_bytes)
     budget = budget_of(needs, memory_budget_bytes)
     if backend is Backend.NATIVE:
         return _native_plan(work, needs, budget)
@@ -143,7 +143,7 @@ def chunk_rows(work: Workload, backend: Backend, memory_budget_bytes: int | None
     Raises:
         ValueError: the budget does not hold the smallest chunk; the message says what would.
     """
-    needs = Needs.of(work, backend)
+    needs = Needs.of(work, backend, memory_budget_bytes)
     return fitting_rows(work, needs, budget_of(needs, memory_budget_bytes))
 
 
@@ -157,7 +157,7 @@ class Blocks(NamedTuple):
     @classmethod
     def of(cls, work: Workload, memory_budget_bytes: int | None) -> "Blocks":
         """The blocks within the budget."""
-        needs, size = Needs.of(work, Backend.REFERENCE), work.arithmetic.itemsize
+        needs, size = Needs.of(work, Backend.REFERENCE, None), work.arithmetic.itemsize
         budget = budget_of(needs, memory_budget_bytes)
         classes = max(1, needs.tile(budget) // max(1, needs.tile_row))
         return cls(classes, needs.block(budget) // needs.row, needs.piece(budget) // size)
@@ -175,13 +175,13 @@ class Panel(NamedTuple):
     @classmethod
     def of(cls, work: Workload, memory_budget_bytes: int | None) -> "Panel":
         """The panel within the budget."""
-        needs = Needs.of(work, Backend.NATIVE)
+        needs = Needs.of(work, Backend.NATIVE, memory_budget_bytes)
         return cls.within(work, needs, budget_of(needs, memory_budget_bytes))
 
     @classmethod
     def within(cls, work: Workload, needs: Needs, budget: int) -> "Panel":
         """As `of`, for whoever has the needs already."""
-        tile = work.tile_classes
+        tile = needs.tile_classes
         if needs.tile_row:
             tile = min(tile, max(1, needs.tile(budget) // needs.tile_row))
         if not work.wanted.weight or work.adds_to_main_grad:
@@ -260,7 +260,7 @@ def _native_plan(work: Workload, needs: Needs, budget: int) -> MemoryPlan:
         accumulator_bytes=4 * held,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(hidden + weight + bias) * work.dtype.itemsize,
-        list_bytes=_list_bytes(work, max(overlay, workspace_rows)) + _sum_bytes(work),
+        list_bytes=_list_bytes(work, max(overlay, workspace_rows)) + _sum_bytes(work, needs),
     )
 
 
@@ -280,11 +280,14 @@ def _list_bytes(work: Workload, chunk: int) -> int:
     return kept + lists + tail + 16 * work.vocab_size
 
 
-def _sum_bytes(work: Workload) -> int:
+def _sum_bytes(work: Workload, needs: Needs) -> int:
     """A tile of d_weight to which entries are added: otherwise bf16 GEMMs round it at once."""
     adds = work.is_sparse and work.wanted.weight and not work.adds_to_main_grad
     return (
-        4 * work.dim * work.tile_classes * (adds and native_matmul.multiplies(work.dtype, work.dim))
+        4
+        * work.dim
+        * needs.tile_classes
+        * (adds and native_matmul.multiplies(work.dtype, work.dim))
     )
 
 

@@ -44,6 +44,20 @@ class GradientTerms(NamedTuple):
     at_ids: Tensor  # [out_rows, K] fp32: d_z of the ids, stands for the formula
 
 
+class Rounded(NamedTuple):
+    """d(loss)/d(linear output) [rows, classes] of a tile in bf16, as its two products read it.
+
+    Contiguous; None: not wanted. A row of an odd length has a 0 behind it.
+    """
+
+    straight: Tensor | None  # [rows, classes + classes % 2] bf16
+    transposed: Tensor | None  # [classes, rows + rows % 2] bf16
+    sums: Tensor | None  # [ceil(rows / 32), classes] fp32: of 32 rows, before they are rounded
+
+
+SUMMED_ROWS = 32  # of `Rounded.sums`
+
+
 class Side(NamedTuple):
     """One model of a divergence: ``log p = (z - maximum) - log_total``."""
 
@@ -74,7 +88,8 @@ class DivergenceTerms(NamedTuple):
     weight: Tensor
 
 
-# The structs of csrc/common/logits.h, csrc/softmax/softmax.h and csrc/divergence/divergence.h.
+# The structs of csrc/common/logits.h, csrc/matmul/rounding.h, csrc/softmax/softmax.h and
+# csrc/divergence/divergence.h.
 class CLogits(ctypes.Structure):
     _fields_ = (
         *pointers("x", "bias"),
@@ -94,14 +109,22 @@ class _Statistics(ctypes.Structure):
     )
 
 
+class _DLogit(ctypes.Structure):
+    _fields_ = (
+        *pointers("out"),
+        *sizes("out_row_stride"),
+        *pointers("straight", "transposed", "sums"),
+    )
+
+
 class _Gradient(ctypes.Structure):
     _fields_ = (
         ("logits", CLogits),
         *sizes("logit_rows", "rows", "classes", "first_class"),
         *pointers("row_of", "maximum", "alpha", "gamma", "ids"),
         *sizes("id_count"),
-        *pointers("at_ids", "out"),
-        *sizes("out_row_stride"),
+        *pointers("at_ids"),
+        ("d_logit", _DLogit),
     )
 
 
@@ -125,8 +148,8 @@ class _DivergenceGradient(ctypes.Structure):
         ("teacher", _Side),
         *sizes("rows", "classes"),
         ("beta", ctypes.c_double),
-        *pointers("bound", "slope_sum", "slope_others", "rest", "weight", "out"),
-        *sizes("out_row_stride"),
+        *pointers("bound", "slope_sum", "slope_others", "rest", "weight"),
+        ("d_logit", _DLogit),
     )
 
 
@@ -160,9 +183,13 @@ def add_statistics(logits: Logits, first_class: int, ids: Tensor, running: Runni
 
 
 def write_gradient(
-    logits: Logits, first_class: int, rows: Tensor | None, terms: GradientTerms, out: Tensor
+    logits: Logits,
+    first_class: int,
+    rows: Tensor | None,
+    terms: GradientTerms,
+    out: Tensor | Rounded,
 ) -> None:
-    """Write a tile of the gradient by the linear outputs to `out` [out_rows, classes] fp32.
+    """Write a tile of the gradient by the linear outputs to `out` [out_rows, classes] fp32 or bf16.
 
     ``slope(x) (alpha e + gamma e max(z - maximum, -1000))``, ``e = exp(z - maximum)``; at the
     ids of the tile ``slope(x) at_ids``. ``slope(x) = scale``, with a cap
@@ -188,8 +215,7 @@ def write_gradient(
         address("terms.ids", terms.ids, torch.int64, (count, id_count)),
         id_count,
         address("terms.at_ids", terms.at_ids, torch.float32, (count, id_count)),
-        _out_block(out, (count, classes), logits.x),
-        out.stride(0),
+        _d_logit(out, (count, classes), logits.x),
     )
     call("xopd_write_gradient", arguments)
 
@@ -216,9 +242,9 @@ def add_divergence(student: Side, teacher: Side, beta: float, sums: DivergenceSu
 
 
 def write_divergence_gradient(
-    student: Side, teacher: Side, beta: float, terms: DivergenceTerms, out: Tensor
+    student: Side, teacher: Side, beta: float, terms: DivergenceTerms, out: Tensor | Rounded
 ) -> None:
-    """Write a tile of the gradient by the student's linear outputs to `out` [rows, classes] fp32.
+    """Write a tile of the gradient by the student's outputs to `out` [rows, classes] fp32 or bf16.
 
     ``slope(x) weight (u - p slope_sum)`` with the u of `add_divergence`; for the class of p above
     the bound ``slope(x) weight (u rest - p slope_others)``, which is the same number without a
@@ -232,30 +258,47 @@ def write_divergence_gradient(
         *shape,
         _beta(beta),
         *(address(f"terms.{name}", x, torch.float32, shape[:1]) for name, x in named),
-        _out_block(out, shape, student.logits.x, teacher.logits.x),
-        out.stride(0),
+        _d_logit(out, shape, student.logits.x, teacher.logits.x),
     )
     call("xopd_write_divergence_gradient", arguments)
 
 
-def _out_block(out: Tensor, shape: tuple[int, ...], *inputs: Tensor) -> int:
-    """Where `out` begins, a block that is written to."""
-    begin = block("out", out)
-    if out.shape != shape:
-        raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
-    if shape[0] > 1 and out.stride(0) < shape[1]:
-        raise ValueError(f"out must have rows that lie apart, got strides {out.stride()}")
+def _d_logit(out: Tensor | Rounded, shape: tuple[int, ...], *inputs: Tensor) -> _DLogit:
+    """Where d(loss)/d(linear output) of `shape` goes, apart from the `inputs`."""
+    if isinstance(out, Tensor):
+        begin = block("out", out)
+        if out.shape != shape:
+            raise ValueError(f"out must be {list(shape)}, got {list(out.shape)}")
+        if shape[0] > 1 and out.stride(0) < shape[1]:
+            raise ValueError(f"out must have rows that lie apart, got strides {out.stride()}")
+        _check_apart("out", out, inputs)
+        return _DLogit(begin, out.stride(0), None, None, None)
+    rows, classes = shape
+    places = {
+        "straight": (rows, classes + classes % 2),
+        "transposed": (classes, rows + rows % 2),
+        "sums": (-(-rows // SUMMED_ROWS), classes),
+    }
+    addresses = []
+    for (name, size), to in zip(places.items(), out, strict=True):
+        dtype = torch.float32 if name == "sums" else torch.bfloat16
+        addresses.append(None if to is None else address(f"out.{name}", to, dtype, size))
+        if to is not None:
+            _check_apart(f"out.{name}", to, inputs)
+    return _DLogit(None, 0, *addresses)
+
+
+def _check_apart(name: str, out: Tensor, inputs: tuple[Tensor, ...]) -> None:
     for x in inputs:
-        if begin < _end(x) and x.data_ptr() < _end(out):
-            raise ValueError("out must not overlap the x that it is computed from")
-    return begin
+        if out.data_ptr() < _end(x) and x.data_ptr() < _end(out):
+            raise ValueError(f"{name} must not overlap the x that it is computed from")
 
 
 def _end(block: Tensor) -> int:
     """One past the last byte of a block; its beginning if it is empty."""
     rows, classes = block.shape
     elements = (rows - 1) * block.stride(0) + classes if rows and classes else 0
-    return block.data_ptr() + 4 * elements
+    return block.data_ptr() + block.element_size() * elements
 
 
 def c_logits(name: str, logits: Logits, first_class: int = 0) -> CLogits:

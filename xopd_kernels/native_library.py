@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-ABI_VERSION = 6  # of csrc/common/abi.h
+ABI_VERSION = 7  # of csrc/common/abi.h
 _ROW_OUT_OF_RANGE = -1
 _NO_MATMUL = -2
 _ENTRY_OUT_OF_RANGE = -3

@@ -23,9 +23,9 @@ class _Pack(ctypes.Structure):
     )
 
 
-class _Round(ctypes.Structure):
+class _Factors(ctypes.Structure):
     _fields_ = (
-        *pointers("source", "bf16_source"),
+        *pointers("source"),
         *sizes("rows", "columns", "row_stride"),
         *pointers("straight", "transposed"),
     )
@@ -39,6 +39,17 @@ class _Product(ctypes.Structure):
         *sizes("m", "n", "k"),
         *pointers("out", "rounded"),
         *sizes("out_stride", "is_added", "is_transposed"),
+    )
+
+
+class _Unpacked(ctypes.Structure):
+    _fields_ = (
+        *pointers("a"),
+        *sizes("a_stride"),
+        *pointers("b"),
+        *sizes("b_stride", "m", "n", "k"),
+        *pointers("out"),
+        *sizes("out_stride"),
     )
 
 
@@ -88,19 +99,17 @@ def pack(matrix: Tensor, words: Tensor | None = None, is_transposed: bool = Fals
     return Packed(words, k, n)
 
 
-def round_both(
-    values: Tensor, straight: Tensor | None, transposed: Tensor | None
+def factors(
+    matrix: Tensor, straight: Tensor | None, transposed: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`values` [rows, columns] fp32 or bf16 in bf16, as they stand and transposed: left factors.
+    """`matrix` [rows, columns] bf16 as left factors: as it stands, and transposed.
 
     `straight`, `transposed`: flat bf16 memory for them, None where one is not wanted. They come
     back as [rows, columns] and [columns, rows], with a 0 after each row of an odd length. Raises
     TypeError/ValueError for a tensor that does not fit, RuntimeError without the products.
     """
-    rows, columns = values.shape
-    is_bf16 = values.dtype == torch.bfloat16
-    source = block("values", values, torch.bfloat16 if is_bf16 else torch.float32)
-    sources = (None, source) if is_bf16 else (source, None)
+    rows, columns = matrix.shape
+    source = block("matrix", matrix, torch.bfloat16)
     results: list[Tensor | None] = []
     for name, to, height, width in (
         ("straight", straight, rows, columns),
@@ -114,7 +123,7 @@ def round_both(
             address(name, result, torch.bfloat16, (height, even))
         results.append(result)
     addresses = (None if x is None else x.data_ptr() for x in results)
-    call("xopd_run_round", _Round(*sources, rows, columns, values.stride(0), *addresses))
+    call("xopd_run_factors", _Factors(source, rows, columns, matrix.stride(0), *addresses))
     first, second = results
     return (
         None if first is None else first[:, :columns],
@@ -132,8 +141,22 @@ def product(a: Tensor, b: Packed, out: Tensor, is_added: bool = False) -> Tensor
     """
     if is_added and out.dtype == torch.bfloat16:
         raise ValueError("out must be fp32 if it is added to, got bf16")
-    _check_fit(a, b, out.shape)
+    _check_fit(a, b.k, b.n, out.shape)
     _run(a, b, out, is_added, is_transposed=False)
+    return out
+
+
+def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+    """``out += a b``, b [k, n] bf16 read where it lies; otherwise as `product`.
+
+    For a `b` of few columns at a time, read once: a processor packs what it multiplies.
+    """
+    k, n = b.shape
+    _check_fit(a, k, n, out.shape)
+    left, right = block("a", a, torch.bfloat16), block("b", b, torch.bfloat16)
+    to = _rows_apart(out, torch.float32)
+    sizes_of = (a.stride(0), right, b.stride(0), a.shape[0], n, k)
+    call("xopd_run_unpacked", _Unpacked(left, *sizes_of, to, out.stride(0)))
     return out
 
 
@@ -142,17 +165,17 @@ def transposed_product(a: Tensor, b: Packed, out: Tensor) -> Tensor:
 
     For an `a` that is read where it is, and not packed, because it is the longer one.
     """
-    _check_fit(a, b, out.shape[::-1])
+    _check_fit(a, b.k, b.n, out.shape[::-1])
     _run(a, b, out, is_added=False, is_transposed=True)
     return out
 
 
-def _check_fit(a: Tensor, b: Packed, shape: tuple[int, ...]) -> None:
+def _check_fit(a: Tensor, inner: int, columns: int, shape: tuple[int, ...]) -> None:
     m, k = a.shape
-    if k != b.k or shape != (m, b.n):
+    if k != inner or shape != (m, columns):
         raise ValueError(
             f"a [m, k], b [k, n] and the product [m, n] must fit, got {list(a.shape)}, "
-            f"{[b.k, b.n]} and {list(shape)}"
+            f"{[inner, columns]} and {list(shape)}"
         )
     elements = a.untyped_storage().nbytes() // 2
     after = a.storage_offset() + max(0, m - 1) * a.stride(0) + k
@@ -163,11 +186,17 @@ def _check_fit(a: Tensor, b: Packed, shape: tuple[int, ...]) -> None:
 def _run(a: Tensor, b: Packed, out: Tensor, is_added: bool, is_transposed: bool) -> None:
     left = block("a", a, torch.bfloat16)
     is_rounded = out.dtype == torch.bfloat16 and not is_transposed
-    to = block("out", out, torch.bfloat16 if is_rounded else torch.float32)
-    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
-        raise ValueError(f"out must have rows that lie apart, got strides {out.stride()}")
+    to = _rows_apart(out, torch.bfloat16 if is_rounded else torch.float32)
     places = (None, to) if is_rounded else (to, None)
     right = address("b.words", b.words, torch.int32, (packed_size(b.k, b.n),))
     sizes_of = (a.stride(0), right, a.shape[0], b.n, b.k)
     how = (out.stride(0), is_added, is_transposed)
     call("xopd_run_product", _Product(left, *sizes_of, *places, *how))
+
+
+def _rows_apart(out: Tensor, dtype: torch.dtype) -> int:
+    """Where `out` begins, a block that is written to."""
+    to = block("out", out, dtype)
+    if out.shape[0] > 1 and out.stride(0) < out.shape[1]:
+        raise ValueError(f"out must have rows that lie apart, got strides {out.stride()}")
+    return to

@@ -13,15 +13,14 @@ from torch import Tensor
 from xopd_kernels.native import Running, c_cap, check_first_class
 from xopd_kernels.native_library import address, block, call, pointers, sizes
 from xopd_kernels.native_matmul import Packed, packed_size, whole
-from xopd_kernels.workload import NATIVE_TILE_CLASSES
+from xopd_kernels.workload import NATIVE_TILE_CLASSES, NATIVE_TILES
 
-_TILES = 32  # most of a call
 TILE_SUM_BYTES = 24  # for each row and tile, kept until all tiles of the call are there
 
 
 def tiles_of_call(vocab_size: int) -> int:
     """Tiles that one call goes through, also where a low memory budget makes them smaller."""
-    return min(_TILES, -(-vocab_size // NATIVE_TILE_CLASSES))
+    return min(NATIVE_TILES, -(-vocab_size // NATIVE_TILE_CLASSES))
 
 
 class Outputs(NamedTuple):
@@ -51,7 +50,8 @@ class Tiles(NamedTuple):
     """Some classes of a bf16 head, and what makes logits of their linear outputs."""
 
     weight: Tensor  # [classes, D], D even
-    tile: int  # classes of a tile; the last one may have fewer
+    tile: int  # classes of a tile, whose statistics are one sum; the last one may have fewer
+    out_tile: int  # of a tile as it is kept: a multiple, or all of them
     first_class: int  # number of the first of them
     bias: Tensor | None  # [classes] fp32
     scale: float  # as in `native.Logits`
@@ -63,7 +63,7 @@ class _Scores(ctypes.Structure):
         *pointers("weight"),
         *sizes("weight_stride"),
         *pointers("hidden"),
-        *sizes("rows", "classes", "k", "tile"),
+        *sizes("rows", "classes", "k", "tile", "out_tile"),
         *pointers("out"),
         *sizes("out_class", "out_offset"),
         *pointers("bias"),
@@ -104,7 +104,7 @@ def add_scores(
         block("weight", tiles.weight, torch.bfloat16),
         tiles.weight.stride(0),
         address("hidden.words", hidden.words, torch.int32, (packed_size(k, rows),)),
-        *(rows, classes, k, tiles.tile),
+        *(rows, classes, k, tiles.tile, tiles.out_tile),
         *place,
         None if bias is None else address("bias", bias, torch.float32, (classes,)),
         *(tiles.scale, c_cap("cap", tiles.cap)),
@@ -126,6 +126,11 @@ def _check(tiles: Tiles, hidden: Packed, out: Outputs | None) -> None:
         raise ValueError(
             f"weight [classes, D], hidden [D, rows] and a tile must fit, D even, got "
             f"{list(tiles.weight.shape)}, {[hidden.k, rows]} and {tiles.tile}"
+        )
+    if tiles.out_tile < classes and (tiles.out_tile < 1 or tiles.out_tile % tiles.tile):
+        raise ValueError(
+            f"out_tile must be a multiple of tile={tiles.tile} or all {classes} classes, got "
+            f"{tiles.out_tile}"
         )
     check_first_class(tiles.first_class)
     if out is None:

@@ -42,10 +42,12 @@ class Needs:
     error: str  # how an error names the call
     tile_step: int = 1  # the tile is a multiple of as many classes
     fixed: int = 0  # whatever the chunk, beside it
+    tile_classes: int = 0  # NATIVE: most classes of a tile
     kept: int = 0  # NATIVE: a row of all that wait for their d_weight, see `chunk.native_kept`
 
     @classmethod
-    def of(cls, work: Workload, backend: Backend) -> "Needs":
+    def of(cls, work: Workload, backend: Backend, given: int | None) -> "Needs":
+        """The needs of a call with a budget of `given` bytes; None: the default one."""
         size, is_divergence = work.arithmetic.itemsize, work.operator is Operator.DIVERGENCE
         error = (
             f"V={work.vocab_size}, D={work.dim}, {work.dtype} and {work.operator.value} on "
@@ -60,7 +62,7 @@ class Needs:
             logits = stored * size * work.vocab_size
             return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
         if backend is Backend.NATIVE:
-            return cls._of_native(work, error)
+            return cls._of_native(work, error, DEFAULT_CPU_BYTES if given is None else given)
         # The slope of the softcap is kept beside the logits until they have become a gradient.
         has_slope = work.has_softcap and work.has_gradient
         row = size * work.vocab_size
@@ -81,20 +83,21 @@ class Needs:
         )
 
     @classmethod
-    def _of_native(cls, work: Workload, error: str) -> "Needs":
+    def _of_native(cls, work: Workload, error: str, budget: int) -> "Needs":
         models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
-        tile, dim, size = work.tile_classes, work.dim, work.dtype.itemsize
+        tile, dim, size = work.tile_classes(budget), work.dim, work.dtype.itemsize
         logits = 4 * work.vocab_size * models if is_stored else 0
         # A tile of logits or of their gradient; hidden states and their gradient; of the policy
         # loss also the hidden states with a gradient.
         copies = 1 + (work.operator is Operator.POLICY_LOSS)
         scratch = 4 * (dim + 32) + 72 * work.top_k
-        of_tile = 4 * tile * work.stores_logits
+        packs = native_matmul.multiplies(work.dtype, dim)
+        # Of logits, or of their gradient in fp32.
+        of_tile = 4 * tile * (work.stores_logits and not (packs and work.has_gradient))
         scratch += dim * size * (work.dtype != torch.float32)  # d_hidden rounded
         scratch += work.teacher_dim * _factor_bytes(work.teacher_or_own_dtype, work.teacher_dim)
         scratch += copies * dim * _factor_bytes(work.dtype, dim)
         whole, fixed = native_matmul.whole, 0
-        packs = native_matmul.multiplies(work.dtype, dim)
         packs_teacher = native_matmul.multiplies(work.teacher_or_own_dtype, work.teacher_dim)
         for width in (dim * packs, work.teacher_dim * packs_teacher):
             # Packed, and the sums of tiles: in whole blocks of rows.
@@ -102,12 +105,12 @@ class Needs:
             of_row = 2 * width + tiles * TILE_SUM_BYTES
             scratch += of_row
             fixed += of_row * (native_matmul.BLOCK - 1)
-        # Tiles of the weight, packed or upcast; one of the teacher's or of d_weight unrounded.
+        # Tiles of the weight, upcast; one of the teacher's or of d_weight unrounded.
         row = 4 * dim * (work.dtype != torch.float32 and not packs)
         if packs and work.has_gradient:
-            of_tile += 4 * (tile + 1) + 2 * whole(dim)  # d_logit twice, hidden states
-            fixed += 2 * whole(dim) + 2 * tile
-            row = 2 * whole(dim)
+            # d_logit twice; sums of 32 of its rows, should d_bias be wanted; hidden states.
+            of_tile += 4 * (tile + 1) + tile // 8 + 1 + 2 * whole(dim)
+            fixed += 2 * whole(dim) + 2 * tile + 8 * tile
         elif work.wanted.hidden:
             fixed += 4 * FILLED_ROWS * (min(FILLED_CLASSES, tile) + dim)
         row += 4 * work.shared_tile_dim
@@ -119,7 +122,11 @@ class Needs:
         kept = 2 * dim + 2 * max(dim, tile) + 2 * whole(dim) + 4 * dim
         kept += 2 * (tile + 1) * (work.vocab_size % 2)
         return cls(
-            logits, scratch, 0, 0, row, limit, 1, 1, DEFAULT_CPU_BYTES, error, step, fixed, kept
+            *(logits, scratch, 0, 0, row, limit, 1, 1, DEFAULT_CPU_BYTES, error),
+            tile_step=step,
+            fixed=fixed,
+            tile_classes=tile,
+            kept=kept,
         )
 
     def tile(self, budget: int) -> int:

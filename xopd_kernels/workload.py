@@ -12,7 +12,9 @@ from xopd_kernels.records import Wanted
 # Of the GEMMs, or a multiple: their logits stay in the caches. No power of two: rows 4 KiB apart
 # would share one set of the L1 cache.
 NATIVE_TILE_CLASSES = 1008
-NATIVE_TILE_ELEMENTS = 2**20
+NATIVE_TILE_BYTES = 2**22  # of d(loss)/d(logit) of a tile, fp32, or bf16 of either factor
+NATIVE_TILE_SHARE = 12  # of the budget
+NATIVE_TILES = 32  # most that become one, and most of a call that makes statistics
 
 LIST_BYTES = 40 * 2**20  # of all lists of a sparse gradient that exist at one time
 TAIL_CLASSES = 512  # that stand for those a sparse row leaves out
@@ -77,12 +79,22 @@ class Workload(NamedTuple):
         """Models whose logits the operator needs."""
         return 1 + (self.operator is Operator.DIVERGENCE)
 
-    @property
-    def tile_classes(self) -> int:
-        """Most classes of a tile of NATIVE: more where few rows and no upcast make it small."""
-        few = NATIVE_TILE_ELEMENTS // max(1, self.rows) // NATIVE_TILE_CLASSES
-        factor = max(1, few) if self.dtype == self.teacher_or_own_dtype == torch.float32 else 1
-        return min(NATIVE_TILE_CLASSES * factor, self.vocab_size)
+    def tile_classes(self, budget: int) -> int:
+        """Most classes of a tile of NATIVE: more where few rows and no upcast make it small.
+
+        d(loss)/d(logit) of a tile of several takes NATIVE_TILE_SHARE of the `budget` at most.
+        """
+        share = min(budget // NATIVE_TILE_SHARE, NATIVE_TILE_BYTES)
+        few = share // self.dtype.itemsize // max(1, self.rows) // NATIVE_TILE_CLASSES
+        is_fp32 = self.dtype == self.teacher_or_own_dtype == torch.float32
+        # A sparse gradient has a whole tile of d_weight in fp32.
+        is_packed = multiplies(self.dtype, self.dim) and not self.is_sparse
+        upcasts_teacher = _is_upcast(self.teacher_or_own_dtype, self.teacher_dim)
+        if is_packed and not (self.teacher_dim and upcasts_teacher):
+            few = min(few, NATIVE_TILES)
+        elif not is_fp32:
+            few = 1
+        return min(NATIVE_TILE_CLASSES * max(1, few), self.vocab_size)
 
     @property
     def shared_tile_dim(self) -> int:

@@ -6,7 +6,7 @@
 #define XOPD_EXPORT __attribute__((visibility("default")))
 
 // Raised with every change of a struct or of an entry point; the loader refuses any other number.
-#define XOPD_ABI_VERSION 6
+#define XOPD_ABI_VERSION 7
 
 // What an entry point returns besides 0 and the errors of the parallel loop, which are > 0.
 #define XOPD_ROW_OUT_OF_RANGE (-1)

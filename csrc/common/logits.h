@@ -48,6 +48,7 @@ inline void transform(const xopd_logits& logits, int64_t row, int64_t begin, int
   };
   int64_t i = 0;
   for (; i + WIDTH <= count; i += WIDTH) {
+    __builtin_prefetch(x + i + logits.row_stride, 0, 3);  // the row that follows, from memory
     put(i, bias == nullptr ? load(x + i) : load(x + i) + load(bias + i));
   }
   if (i < count) {

@@ -147,8 +147,10 @@ void add_row(const xopd_divergence& call, int64_t row) {
   }
 }
 
+// The classes [begin, begin + count) of a row, at most a piece.
 template <Kind KIND>
-void write_row(const xopd_divergence_gradient& call, int64_t row) {
+void write_classes(const xopd_divergence_gradient& call, int64_t row, int64_t begin, int64_t count,
+                   float* out) {
   Pair pair;
   Buffer slopes;
   const xopd_logits& logits = call.student.logits;
@@ -159,22 +161,18 @@ void write_row(const xopd_divergence_gradient& call, int64_t row) {
   const Floats slope_others = splat(call.slope_others[row]), rest = splat(call.rest[row]);
   const Floats bound = splat(call.bound[row]);
   const Floats scaled_weight = weight * logits.scale;
-  for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
-    const int64_t count = std::min(PIECE, call.classes - begin);
-    transform(logits, row, begin, count, pair.student, slope);
-    transform(call.teacher.logits, row, begin, count, pair.teacher, nullptr);
-    divergence.prepare(pair, p, q, count, false);
-    float* out = call.out + row * call.out_row_stride + begin;
-    const auto value = [&](int64_t at) {
-      const Floats factor = slope == nullptr ? scaled_weight : weight * load(slope->values + at);
-      const Floats u = divergence.slope(pair, at), prob = load(pair.student.values + at);
-      const Floats of_top = u * rest - prob * slope_others, other = u - prob * slope_sum;
-      return factor * (prob > bound ? of_top : other);
-    };
-    int64_t i = 0;
-    for (; i + WIDTH <= count; i += WIDTH) store(out + i, value(i));
-    if (i < count) store_part(out + i, value(i), count - i);
-  }
+  transform(logits, row, begin, count, pair.student, slope);
+  transform(call.teacher.logits, row, begin, count, pair.teacher, nullptr);
+  divergence.prepare(pair, p, q, count, false);
+  const auto value = [&](int64_t at) {
+    const Floats factor = slope == nullptr ? scaled_weight : weight * load(slope->values + at);
+    const Floats u = divergence.slope(pair, at), prob = load(pair.student.values + at);
+    const Floats of_top = u * rest - prob * slope_others, other = u - prob * slope_sum;
+    return factor * (prob > bound ? of_top : other);
+  };
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(out + i, value(i));
+  if (i < count) store_part(out + i, value(i), count - i);
 }
 
 // visit(kind) with the kind as a type, for the loops that are compiled for one of them.
@@ -206,9 +204,11 @@ int32_t xopd_add_divergence(const xopd_divergence* call, xopd_parallel_for* para
 int32_t xopd_write_divergence_gradient(const xopd_divergence_gradient* call,
                                        xopd_parallel_for* parallel) {
   return xopd::with_kind(call->beta, [=](auto kind) {
-    return xopd::for_rows(parallel, call->rows, call->classes, [call](int64_t row) {
-      xopd::write_row<decltype(kind)::VALUE>(*call, row);
-    });
+    return xopd::write_d_logit(call->d_logit, call->rows, call->classes, parallel,
+                               [=](int64_t row, int64_t begin, int64_t count, float* out) {
+                                 xopd::write_classes<decltype(kind)::VALUE>(*call, row, begin,
+                                                                            count, out);
+                               });
   });
 }
 }

@@ -4,6 +4,7 @@
 #include "common/abi.h"
 #include "common/logits.h"
 #include "common/parallel.h"
+#include "matmul/rounding.h"
 
 extern "C" {
 
@@ -28,7 +29,7 @@ struct xopd_divergence {
   double* slope_others;  // [rows] sum of u over all others
 };
 
-// out = slope(x) * weight * (u - p * slope_sum), x and p of the student; above the bound
+// d_logit = slope(x) * weight * (u - p * slope_sum), x and p of the student; above the bound
 // slope(x) * weight * (u * rest - p * slope_others), the same without a difference of numbers
 // near 1.
 struct xopd_divergence_gradient {
@@ -42,8 +43,7 @@ struct xopd_divergence_gradient {
   const float* slope_others;  // [rows]
   const float* rest;          // [rows] 1 - p of the class above the bound
   const float* weight;        // [rows]
-  float* out;                 // [rows, classes]
-  int64_t out_row_stride;
+  xopd_d_logit d_logit;
 };
 
 XOPD_EXPORT int32_t xopd_add_divergence(const xopd_divergence* call, xopd_parallel_for* parallel);

@@ -5,61 +5,28 @@
 namespace xopd {
 namespace {
 
-// Words [16][16] transposed in registers.
-XOPD_BF16 inline void transpose(__m512i (&r)[LANES]) {
-  __m512i t[LANES];
-  for (int64_t i = 0; i < LANES; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int64_t i = 0; i < LANES; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int64_t i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-  }
-  for (int64_t i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+// 64 columns of the rows 2 pair and 2 pair + 1 of b [k, n]; `high` is null where b has ended.
+XOPD_BF16 inline void pack_pair(const uint16_t* low, const uint16_t* high, int64_t columns,
+                                uint32_t* to) {
+  for (int64_t v = 0; v < VECTORS; ++v) {
+    const int64_t at = v * LANES, count = columns - at;
+    __m512i words = _mm512_setzero_si512();
+    if (count > 0) {
+      words = pairs_of(load_row(low + at, count),
+                       high != nullptr ? load_row(high + at, count) : _mm256_setzero_si256());
+    }
+    _mm512_storeu_si512(to + at, words);
   }
 }
 
-// Pairs of two rows of bf16: 16 columns of each, `low` in the low halves.
-XOPD_BF16 inline __m512i pairs_of(__m256i low, __m256i high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
-XOPD_BF16 inline __m256i load_row(const uint16_t* from, int64_t count) {
-  if (count >= LANES) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-  return _mm256_maskz_loadu_epi16(first(count), from);
-}
-
-// Rows 2 pair and 2 pair + 1 of b [k, n] to their place in every block of columns.
+// Two rows of b [k, n] to their place in every block of columns.
 XOPD_BF16 void pack_rows(const xopd_pack& call, int64_t pair) {
   const int64_t pairs = (call.rows + 1) / 2;
   const uint16_t* low = call.from + 2 * pair * call.row_stride;
   const bool is_whole = 2 * pair + 1 < call.rows;
   for (int64_t begin = 0; begin < call.columns; begin += COLUMNS) {
-    uint32_t* to = call.to + begin * pairs + pair * COLUMNS;
-    for (int64_t v = 0; v < VECTORS; ++v) {
-      const int64_t at = begin + v * LANES, count = call.columns - at;
-      __m512i words = _mm512_setzero_si512();
-      if (count > 0) {
-        const __m256i high =
-            is_whole ? load_row(low + call.row_stride + at, count) : _mm256_setzero_si256();
-        words = pairs_of(load_row(low + at, count), high);
-      }
-      _mm512_storeu_si512(to + v * LANES, words);
-    }
+    pack_pair(low + begin, is_whole ? low + call.row_stride + begin : nullptr, call.columns - begin,
+              call.to + begin * pairs + pair * COLUMNS);
   }
 }
 
@@ -81,39 +48,6 @@ XOPD_BF16 void pack_columns(const xopd_pack& call, int64_t group) {
     const int64_t count = std::min(LANES, pairs - pair);
     for (int64_t i = 0; i < count; ++i) {
       _mm512_storeu_si512(to + (pair + i) * COLUMNS, words[i]);
-    }
-  }
-}
-
-XOPD_BF16 inline __m256i rounded(__m512 values) {
-  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
-}
-
-// 32 rows: rounded as they stand, and transposed, 16 columns at a time.
-XOPD_BF16 void round_rows(const xopd_round& call, int64_t group) {
-  const int64_t begin = group * 2 * LANES, rows = std::min(2 * LANES, call.rows - begin);
-  const int64_t width = call.columns + call.columns % 2, height = call.rows + call.rows % 2;
-  for (int64_t column = 0; column < call.columns; column += LANES) {
-    const __mmask16 mask = first(call.columns - column);
-    __m256i row[2 * LANES];
-    for (int64_t i = 0; i < 2 * LANES; ++i) {
-      row[i] = _mm256_setzero_si256();
-      if (i >= rows) continue;
-      const int64_t at = (begin + i) * call.row_stride + column;
-      row[i] = call.from != nullptr ? rounded(_mm512_maskz_loadu_ps(mask, call.from + at))
-                                    : _mm256_maskz_loadu_epi16(mask, call.from_bf16 + at);
-      if (call.straight != nullptr) {
-        uint16_t* to = call.straight + (begin + i) * width + column;
-        _mm256_mask_storeu_epi16(to, first(width - column), row[i]);
-      }
-    }
-    if (call.transposed == nullptr) continue;
-    __m512i words[LANES];
-    for (int64_t i = 0; i < LANES; ++i) words[i] = pairs_of(row[2 * i], row[2 * i + 1]);
-    transpose(words);
-    const __mmask16 pairs = first((height - begin) / 2);
-    for (int64_t i = 0; i < std::min(LANES, call.columns - column); ++i) {
-      _mm512_mask_storeu_epi32(call.transposed + (column + i) * height + begin, pairs, words[i]);
     }
   }
 }
@@ -172,6 +106,75 @@ void multiply_rows(const xopd_product& call, int64_t first_row, int64_t begin) {
   }
 }
 
+// 64 columns of a piece of the inner dimension, packed: they stay in a core's L2 cache.
+constexpr int64_t SLAB_PAIRS = 504;
+
+struct alignas(64) Slab {
+  uint32_t words[SLAB_PAIRS * COLUMNS];
+};
+
+// The rows of b [k, n] that a slab is made of.
+struct Piece {
+  const uint16_t* from;
+  int64_t stride;
+  int64_t rows;
+  int64_t columns;
+
+  static Piece of(const xopd_unpacked& call, int64_t begin, int64_t column) {
+    const int64_t rows = std::min(2 * SLAB_PAIRS, call.k - begin);
+    return {call.b + begin * call.b_stride + column, call.b_stride, rows, call.n - column};
+  }
+
+  void pack(Slab& slab) const {
+    for (int64_t row = 0; row < rows; row += 2) {
+      const uint16_t* low = from + row * stride;
+      pack_pair(low, row + 1 < rows ? low + stride : nullptr, columns,
+                slab.words + row / 2 * COLUMNS);
+    }
+  }
+
+  // Asks for some of its rows, two lines each.
+  void prefetch(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < std::min(end, rows); ++row) {
+      __builtin_prefetch(from + row * stride, 0, 2);
+      __builtin_prefetch(from + row * stride + COLUMNS / 2, 0, 2);
+    }
+  }
+};
+
+// Rows [first_row, end_row) of the columns [column, column + 64), over the whole inner dimension.
+void add_block(const xopd_unpacked& call, int64_t first_row, int64_t end_row, int64_t column) {
+  Slab slab;
+  const int64_t steps = (end_row - first_row + ROWS - 1) / ROWS;
+  for (int64_t begin = 0; begin < call.k; begin += 2 * SLAB_PAIRS) {
+    const Piece piece = Piece::of(call, begin, column);
+    piece.pack(slab);
+    // While this piece is multiplied, the next one comes from memory: behind it or, after the last
+    // one, beside the first.
+    const bool is_last = begin + piece.rows >= call.k;
+    Piece next = is_last ? Piece::of(call, 0, column + COLUMNS)
+                         : Piece::of(call, begin + piece.rows, column);
+    if (next.columns <= 0) next.rows = 0;
+    const int64_t lines = (next.rows + steps - 1) / steps;
+    const xopd_product product{call.a + begin,
+                               call.a_stride,
+                               slab.words,
+                               call.m,
+                               std::min(COLUMNS, piece.columns),
+                               piece.rows,
+                               call.out + column,
+                               nullptr,
+                               call.out_stride,
+                               1,
+                               0};
+    for (int64_t step = 0; step < steps; ++step) {
+      next.prefetch(step * lines, (step + 1) * lines);
+      const int64_t row = first_row + step * ROWS;
+      BLOCKS[std::min(ROWS, end_row - row) - 1](product, row, 0);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace xopd
 #endif
@@ -195,12 +198,6 @@ int32_t xopd_run_pack(const xopd_pack* call, xopd_parallel_for* parallel) {
                         [call](int64_t pair) { xopd::pack_rows(*call, pair); });
 }
 
-int32_t xopd_run_round(const xopd_round* call, xopd_parallel_for* parallel) {
-  const int64_t height = 2 * xopd::LANES;
-  return xopd::for_rows(parallel, (call->rows + height - 1) / height, height * call->columns,
-                        [call](int64_t group) { xopd::round_rows(*call, group); });
-}
-
 int32_t xopd_run_product(const xopd_product* call, xopd_parallel_for* parallel) {
   const int64_t parts = (call->m + xopd::ROWS_OF_TASK - 1) / xopd::ROWS_OF_TASK;
   const int64_t blocks = (call->n + xopd::COLUMNS - 1) / xopd::COLUMNS;
@@ -209,10 +206,25 @@ int32_t xopd_run_product(const xopd_product* call, xopd_parallel_for* parallel) 
     xopd::multiply_rows(*call, task % parts * xopd::ROWS_OF_TASK, task / parts * xopd::COLUMNS);
   });
 }
+
+int32_t xopd_run_unpacked(const xopd_unpacked* call, xopd_parallel_for* parallel) {
+  const int64_t parts = (call->m + xopd::ROWS_OF_TASK - 1) / xopd::ROWS_OF_TASK;
+  const int64_t blocks = (call->n + xopd::COLUMNS - 1) / xopd::COLUMNS;
+  const auto run = [=](int64_t begin, int64_t end) {
+    // A thread packs a block of b once for all its rows.
+    while (begin < end) {
+      const int64_t block = begin / parts, until = std::min(end, (block + 1) * parts);
+      const int64_t last = std::min(call->m, (until - block * parts) * xopd::ROWS_OF_TASK);
+      xopd::add_block(*call, begin % parts * xopd::ROWS_OF_TASK, last, block * xopd::COLUMNS);
+      begin = until;
+    }
+  };
+  return xopd::for_ranges(parallel, blocks * parts, xopd::ROWS_OF_TASK * call->k, run);
+}
 #else
 int32_t xopd_has_matmul() { return 0; }
 int32_t xopd_run_pack(const xopd_pack*, xopd_parallel_for*) { return XOPD_NO_MATMUL; }
-int32_t xopd_run_round(const xopd_round*, xopd_parallel_for*) { return XOPD_NO_MATMUL; }
 int32_t xopd_run_product(const xopd_product*, xopd_parallel_for*) { return XOPD_NO_MATMUL; }
+int32_t xopd_run_unpacked(const xopd_unpacked*, xopd_parallel_for*) { return XOPD_NO_MATMUL; }
 #endif
 }

@@ -32,6 +32,48 @@ inline __mmask16 first(int64_t count) {
   return count >= LANES ? 0xffff : static_cast<__mmask16>((1u << std::max<int64_t>(count, 0)) - 1);
 }
 
+// Words [16][16] transposed in registers.
+XOPD_BF16 inline void transpose(__m512i (&r)[LANES]) {
+  __m512i t[LANES];
+  for (int64_t i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int64_t i = 0; i < LANES; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int64_t i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int64_t i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+    r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+    r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+  }
+}
+
+// Pairs of two rows of bf16: 16 columns of each, `low` in the low halves.
+XOPD_BF16 inline __m512i pairs_of(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+XOPD_BF16 inline __m256i load_row(const uint16_t* from, int64_t count) {
+  if (count >= LANES) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  return _mm256_maskz_loadu_epi16(first(count), from);
+}
+
+XOPD_BF16 inline __m256i rounded(__m512 values) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values));
+}
+
 // A block [M, 64] of the product over `pairs` pairs, in registers.
 template <int64_t M>
 XOPD_BF16 inline void multiply(const uint16_t* a, int64_t a_stride, const uint32_t* b,

@@ -20,16 +20,6 @@ struct xopd_pack {
   uint32_t* to;
 };
 
-// fp32 [rows, columns] rounded to bf16, or bf16: as it stands, and transposed.
-struct xopd_round {
-  const float* from;  // or null:
-  const uint16_t* from_bf16;
-  int64_t rows, columns;
-  int64_t row_stride;
-  uint16_t* straight;    // [rows, columns + columns % 2], the padding 0; or null
-  uint16_t* transposed;  // [columns, rows + rows % 2], the padding 0; or null
-};
-
 // out [m, n] = a [m, k] b [k, n], or out + a b.
 struct xopd_product {
   const uint16_t* a;  // rows of k numbers, with a 0 after them if k is odd
@@ -44,9 +34,20 @@ struct xopd_product {
   int64_t is_transposed;
 };
 
+// out [m, n] += a [m, k] b [k, n], b read where it lies.
+struct xopd_unpacked {
+  const uint16_t* a;  // as in xopd_product
+  int64_t a_stride;
+  const uint16_t* b;
+  int64_t b_stride;
+  int64_t m, n, k;
+  float* out;
+  int64_t out_stride;
+};
+
 // 1 if this object has the products and this processor runs them.
 XOPD_EXPORT int32_t xopd_has_matmul();
 XOPD_EXPORT int32_t xopd_run_pack(const xopd_pack* call, xopd_parallel_for* parallel);
-XOPD_EXPORT int32_t xopd_run_round(const xopd_round* call, xopd_parallel_for* parallel);
 XOPD_EXPORT int32_t xopd_run_product(const xopd_product* call, xopd_parallel_for* parallel);
+XOPD_EXPORT int32_t xopd_run_unpacked(const xopd_unpacked* call, xopd_parallel_for* parallel);
 }

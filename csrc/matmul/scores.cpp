@@ -16,6 +16,19 @@ static_assert(sizeof(xopd_tile_sums::maximum) == COLUMNS * sizeof(float), "one f
 // summed: without ids. A moment has none either, as its terms would no longer have one sign.
 constexpr float HEADROOM = 16.0f;
 
+// Where the outputs of a task's tile go: those of row 0, class 0 of the tile.
+struct Place {
+  float* out;
+  int64_t stride;  // from row to row
+
+  static Place of(const xopd_scores& call, int64_t begin) {
+    if (call.out == nullptr) return {nullptr, 0};
+    const int64_t first = begin / call.out_tile * call.out_tile;
+    const int64_t stride = std::min(call.out_tile, call.classes - first);
+    return {call.out + first * call.out_class + stride * call.out_offset + (begin - first), stride};
+  }
+};
+
 // What a task keeps of its 64 rows while it goes through a tile.
 struct Rows64 {
   alignas(64) int32_t next[COLUMNS];  // class of the next id, counted in the tile
@@ -115,9 +128,10 @@ XOPD_BF16 inline void add_logits(const Floats (&z)[M], float headroom, float* ma
 
 // The classes [at, at + M) of the tile [begin, end) for 64 rows.
 template <int64_t M, bool HAS_MOMENT>
-XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t begin, int64_t end,
-                           int64_t at, Rows64& rows, xopd_tile_sums& sums) {
-  const int64_t pairs = call.k / 2, stride = end - begin;
+XOPD_BF16 void score_block(const xopd_scores& call, const Place& place, int64_t first_row,
+                           int64_t begin, int64_t end, int64_t at, Rows64& rows,
+                           xopd_tile_sums& sums) {
+  const int64_t pairs = call.k / 2;
   const float headroom = HAS_MOMENT || call.id_count == 0 ? 0.0f : HEADROOM;
   __m512 products[M][VECTORS];
   for (auto& row : products) {
@@ -131,9 +145,8 @@ XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t b
     if (count <= 0) return;
     __m512 x[M];
     for (int64_t i = 0; i < M; ++i) x[i] = products[i][v];
-    if (call.out != nullptr) {
-      float* out = call.out + begin * call.out_class + stride * (call.out_offset + row) + at;
-      store_columns<M>(x, out, stride, count);
+    if (place.out != nullptr) {
+      store_columns<M>(x, place.out + place.stride * row + at, place.stride, count);
     }
     Floats z[M];
     for (int64_t i = 0; i < M; ++i) {
@@ -157,8 +170,8 @@ XOPD_BF16 void score_block(const xopd_scores& call, int64_t first_row, int64_t b
 
 template <bool HAS_MOMENT>
 void score_tile(const xopd_scores& call, int64_t tile, int64_t first_row, xopd_tile_sums& sums) {
-  using Block =
-      void (*)(const xopd_scores&, int64_t, int64_t, int64_t, int64_t, Rows64&, xopd_tile_sums&);
+  using Block = void (*)(const xopd_scores&, const Place&, int64_t, int64_t, int64_t, int64_t,
+                         Rows64&, xopd_tile_sums&);
   constexpr Block BLOCKS[ROWS] = {score_block<1, HAS_MOMENT>, score_block<2, HAS_MOMENT>,
                                   score_block<3, HAS_MOMENT>, score_block<4, HAS_MOMENT>,
                                   score_block<5, HAS_MOMENT>, score_block<6, HAS_MOMENT>};
@@ -167,11 +180,12 @@ void score_tile(const xopd_scores& call, int64_t tile, int64_t first_row, xopd_t
     sums.maximum[i] = sums.reference[i] = -INF;
     sums.total[i] = sums.moment[i] = 0.0;
   }
+  const Place place = Place::of(call, begin);
   Rows64 rows;
   find_ids(call, first_row, begin, end, rows);
   for (int64_t at = 0; at < end - begin; at += ROWS) {
     const int64_t classes = std::min(ROWS, end - begin - at);
-    BLOCKS[classes - 1](call, first_row, begin, end, at, rows, sums);
+    BLOCKS[classes - 1](call, place, first_row, begin, end, at, rows, sums);
   }
 }
 

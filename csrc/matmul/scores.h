@@ -24,9 +24,10 @@ struct xopd_scores {
   int64_t rows;
   int64_t classes;
   int64_t k;
-  int64_t tile;
-  float* out;  // null: x is not kept; else [rows, T] of a tile that begins with class c of these
-  int64_t out_class;   // at out + c * out_class + T * out_offset
+  int64_t tile;      // of a task
+  int64_t out_tile;  // a multiple of it
+  float* out;  // null: x is not kept; else [rows, T] of a tile of `out_tile` that begins with class
+  int64_t out_class;   // c of these, at out + c * out_class + T * out_offset
   int64_t out_offset;  // both in elements
   const float* bias;   // [classes] or null
   float scale;         // as in xopd_logits

@@ -53,23 +53,21 @@ void write_piece(const xopd_gradient& call, int64_t row, const Buffer& z, const 
   if (i < count) store_part(out + i, value(i), count - i);
 }
 
+// The classes [begin, begin + count) of a row, at most a piece.
 template <bool HAS_GAMMA>
-void write_row(const xopd_gradient& call, int64_t row) {
+void write_classes(const xopd_gradient& call, int64_t row, int64_t begin, int64_t count,
+                   float* out) {
   Buffer z, slopes;
   Buffer* slope = call.logits.cap == 0.0f ? nullptr : &slopes;
   const int64_t source = call.row_of == nullptr ? row : call.row_of[row];
   const int64_t* ids = call.ids + row * call.id_count;
   const float* at_ids = call.at_ids + row * call.id_count;
-  for (int64_t begin = 0; begin < call.classes; begin += PIECE) {
-    const int64_t count = std::min(PIECE, call.classes - begin);
-    float* out = call.out + row * call.out_row_stride + begin;
-    transform(call.logits, source, begin, count, z, slope);
-    write_piece<HAS_GAMMA>(call, row, z, slope, count, out);
-    const int64_t first = call.first_class + begin;
-    for_ids(ids, call.id_count, first, first + count, [&](int64_t k, int64_t at) {
-      out[at] = at_ids[k] * (slope == nullptr ? call.logits.scale : slope->values[at]);
-    });
-  }
+  transform(call.logits, source, begin, count, z, slope);
+  write_piece<HAS_GAMMA>(call, row, z, slope, count, out);
+  const int64_t first = call.first_class + begin;
+  for_ids(ids, call.id_count, first, first + count, [&](int64_t k, int64_t at) {
+    out[at] = at_ids[k] * (slope == nullptr ? call.logits.scale : slope->values[at]);
+  });
 }
 
 }  // namespace
@@ -94,12 +92,11 @@ int32_t xopd_write_gradient(const xopd_gradient* call, xopd_parallel_for* parall
     const int64_t source = call->row_of[row];
     if (source < 0 || source >= call->logit_rows) return XOPD_ROW_OUT_OF_RANGE;
   }
-  return xopd::for_rows(parallel, call->rows, call->classes, [call](int64_t row) {
-    if (call->gamma == nullptr) {
-      xopd::write_row<false>(*call, row);
-    } else {
-      xopd::write_row<true>(*call, row);
-    }
-  });
+  const auto write =
+      call->gamma == nullptr ? xopd::write_classes<false> : xopd::write_classes<true>;
+  return xopd::write_d_logit(call->d_logit, call->rows, call->classes, parallel,
+                             [=](int64_t row, int64_t begin, int64_t count, float* out) {
+                               write(*call, row, begin, count, out);
+                             });
 }
 }

@@ -4,6 +4,7 @@
 #include "common/abi.h"
 #include "common/logits.h"
 #include "common/parallel.h"
+#include "matmul/rounding.h"
 
 extern "C" {
 
@@ -21,11 +22,11 @@ struct xopd_statistics {
   float* at_ids;        // [rows, id_count] z of the ids of this tile; the others stay
 };
 
-// out = slope(x) * (alpha e + gamma e max(z - maximum, -1000)), e = exp(z - maximum).
+// d_logit = slope(x) * (alpha e + gamma e max(z - maximum, -1000)), e = exp(z - maximum).
 struct xopd_gradient {
   xopd_logits logits;
   int64_t logit_rows;
-  int64_t rows;  // of out
+  int64_t rows;  // of d_logit
   int64_t classes;
   int64_t first_class;
   const int64_t* row_of;  // [rows] row of x, or null: row i is row i
@@ -35,8 +36,7 @@ struct xopd_gradient {
   const int64_t* ids;     // [rows, id_count] ascending in a row
   int64_t id_count;
   const float* at_ids;  // [rows, id_count] stands for the bracket at the ids
-  float* out;           // [rows, classes]
-  int64_t out_row_stride;
+  xopd_d_logit d_logit;
 };
 
 XOPD_EXPORT int32_t xopd_abi_version();

@@ -9,11 +9,15 @@ from xopd_kernels import (
     Backend,
     Operator,
     Workload,
+    linear_divergence,
     linear_logprob,
     linear_policy_loss,
     memory_plan,
+    native_matmul,
 )
 from xopd_kernels.chunk.reference import LiveRows
+from xopd_kernels.memory import Panel
+from xopd_kernels.needs import MIB
 
 
 @given(st.integers(0, 500), st.integers(1, 200))
@@ -82,3 +86,44 @@ def test_a_few_rows_are_as_exact_as_many(backend, count, how, threads):
     of_many = (many - exact).norm(dim=1) / exact.norm(dim=1)
     error = (few[:count] - exact[:count]).norm() / exact[:count].norm()
     assert error < 2 * of_many.median()
+
+
+@pytest.mark.parametrize("operator", [Operator.POLICY_LOSS, Operator.LOGPROB, Operator.DIVERGENCE])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_tiles_change_nothing(operator, softcap):
+    """bf16 products: two tiles of 6048 classes, or three of 4032 within a lower budget."""
+    if not native_matmul.is_available():
+        pytest.skip("this CPU has no bf16 dot products")
+    rows, vocab_size, dim = 300, 9001, 64
+    rng = torch.Generator().manual_seed(0)
+    hidden, other = torch.randn(2, rows, dim, generator=rng).to(torch.bfloat16)
+    weight, given = (torch.randn(2, vocab_size, dim, generator=rng) / 4).to(torch.bfloat16)
+    bias = torch.randn(vocab_size, generator=rng).to(torch.bfloat16)
+    target = torch.randint(vocab_size, (rows,), generator=rng)
+    advantage = torch.randn(rows, generator=rng)
+    advantage[::7] = 0  # rows that leave before the products of the gradient
+    work = Workload(
+        operator, rows, vocab_size, dim, torch.bfloat16, has_softcap=softcap is not None
+    )
+    work = work._replace(teacher_dim=dim * (operator is Operator.DIVERGENCE))
+    found = []
+    for budget, classes in ((32 * MIB, 4032), (48 * MIB, 6048)):
+        assert Panel.of(work, budget).tile_classes == classes
+        assert memory_plan(work, Backend.NATIVE, budget).chunk_rows == rows
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        settings = {"bias": leaves[2], "softcap": softcap, "memory_budget_bytes": budget}
+        if operator is Operator.POLICY_LOSS:
+            loss = linear_policy_loss(*leaves[:2], target, advantage=advantage, **settings).loss
+        elif operator is Operator.LOGPROB:
+            out = linear_logprob(*leaves[:2], target, needs_entropy=True, **settings)
+            loss = (out.logprob * advantage + out.entropy).sum()
+        else:
+            out = linear_divergence(*leaves[:2], other, given, beta=0.5, **settings)
+            loss = out.divergence.sum()
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in leaves)])
+    for one, another in zip(*found, strict=True):
+        if operator is Operator.DIVERGENCE:  # its sums are those of 1024 classes of a tile
+            assert (one - another).norm() <= 1e-4 * one.norm()
+        else:
+            assert one.equal(another) and one.isfinite().all()

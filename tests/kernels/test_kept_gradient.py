@@ -19,7 +19,7 @@ from xopd_kernels.memory import Panel, next_kept_rows
 
 BF16 = torch.bfloat16
 VOCAB_SIZE = 4101  # five tiles, the last one odd
-BUDGET = 4_000_000  # holds 128 rows at a time, and fewer beside their logits
+BUDGET = 3_000_000  # holds 128 rows at a time, and fewer beside their logits
 
 
 def dim_of(operator: Operator) -> int:

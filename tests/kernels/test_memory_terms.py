@@ -26,7 +26,7 @@ def test_rows_that_are_filled_up(dtype, rows):
     """A few rows of a wide head, in the least budget of REFERENCE."""
     case = Case(Operator.LOGPROB)
     work = case.workload(rows, 600, 2048, dtype)
-    least = Needs.of(work, Backend.REFERENCE).smallest(1)
+    least = Needs.of(work, Backend.REFERENCE, None).smallest(1)
     for budget in (least, None):
         sizes = measure(case, work, Backend.REFERENCE, live=rows, budget=budget)
         assert peak(sizes) <= memory_plan(work, Backend.REFERENCE, budget).peak_bytes

@@ -16,7 +16,7 @@ from xopd_kernels import (
     memory_plan,
 )
 from xopd_kernels.testing import Distribution, make_inputs
-from xopd_kernels.workload import LIST_BYTES, TAIL_BYTES, TAIL_CLASSES
+from xopd_kernels.workload import LIST_BYTES, NATIVE_TILE_CLASSES, TAIL_BYTES, TAIL_CLASSES
 
 BACKENDS = pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.NATIVE])
 OPERATORS = [Operator.LOGPROB, Operator.POLICY_LOSS, Operator.TOPK_DIVERGENCE]
@@ -90,11 +90,13 @@ def test_the_lists_are_bounded(backend, operator, rows):
     """Whatever the number of tokens: 40 MiB, of log-probs also those that wait, 20 MiB."""
     work = workload(operator, rows, torch.bfloat16)._replace(vocab_size=WIDE, dim=2048)
     plan = memory_plan(work, backend)
-    searched, tile = 16 * WIDE, 4 * 2048 * work.tile_classes  # of d_weight, before it is rounded
+    searched, tile = 16 * WIDE, 4 * 2048 * NATIVE_TILE_CLASSES  # of d_weight, not rounded yet
     tail = TAIL_BYTES + 4 * 2048 * (TAIL_CLASSES + 4)
     assert 0 < plan.list_bytes <= 1.5 * LIST_BYTES + searched + tile + tail
     exact = memory_plan(work._replace(is_sparse=False), backend)
-    assert plan.peak_bytes - exact.peak_bytes == plan.list_bytes
+    more = plan.peak_bytes - exact.peak_bytes
+    # NATIVE: fewer tiles at a time where there is one in fp32.
+    assert 0 < more <= plan.list_bytes if backend is Backend.NATIVE else more == plan.list_bytes
     assert exact.list_bytes == 0
 
 

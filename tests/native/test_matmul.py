@@ -12,10 +12,11 @@ from tests.native.formulas import seeded
 from xopd_kernels import native_matmul
 from xopd_kernels.native_matmul import (
     Packed,
+    add_product,
+    factors,
     pack,
     packed_size,
     product,
-    round_both,
     transposed_product,
 )
 
@@ -113,16 +114,48 @@ def test_threads_change_nothing(threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@settings(max_examples=60, deadline=None)
+@given(SIZES, SIZES, SIZES, st.integers(0, 5))
+def test_product_of_what_is_not_packed(m: int, n: int, k: int, gap: int) -> None:
+    a, b = matrix(m, k, 1, gap), matrix(k, n, 2, gap)
+    start = torch.randn(m, n + gap, generator=seeded(3))
+    out = start.clone()
+    add_product(a, b, out[:, :n])
+    check(out[:, :n], a, b, start[:, :n])
+    assert out[:, n:].equal(start[:, n:])
+    packed = product(a, pack(b), start[:, :n].clone(), is_added=True)
+    assert out[:, :n].equal(packed)
+
+
+def test_pieces_of_the_inner_dimension() -> None:
+    """Of 1008 rows of b: several, the last one of an odd number, and more rows than a task."""
+    a, b = matrix(401, 2 * 1008 + 7, 4), matrix(2 * 1008 + 7, 131, 5)
+    out, expected = torch.ones(401, 131), torch.ones(401, 131)
+    add_product(a, b, out)
+    check(out, a, b, torch.ones(401, 131))
+    for begin in range(0, len(b), 1008):
+        part = slice(begin, begin + 1008)
+        product(a[:, part], pack(b[part]), expected, is_added=True)
+    assert out.equal(expected)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert add_product(a, b, torch.ones(401, 131)).equal(out)
+    finally:
+        torch.set_num_threads(threads)
+    few = add_product(a[200:203], b[:, 64:], torch.ones(3, 67))
+    assert few.equal(out[200:203, 64:])
+
+
 @settings(max_examples=40, deadline=None)
-@given(SIZES, SIZES, st.integers(0, 3), st.sampled_from([FP32, BF16]))
-def test_rounding_both_ways(rows: int, columns: int, gap: int, dtype: torch.dtype) -> None:
-    """fp32; bf16 as it is."""
-    values = torch.randn(rows, columns + gap, generator=seeded(rows)).to(dtype)[:, :columns]
+@given(SIZES, SIZES, st.integers(0, 3))
+def test_left_factors(rows: int, columns: int, gap: int) -> None:
+    values = torch.randn(rows, columns + gap, generator=seeded(rows)).to(BF16)[:, :columns]
     memory = [torch.full((22_800,), torch.nan, dtype=BF16) for _ in range(2)]
-    straight, transposed = round_both(values, *memory)
+    straight, transposed = factors(values, *memory)
     assert straight is not None and transposed is not None
-    assert torch.equal(straight, values.to(BF16))
-    assert torch.equal(transposed, values.to(BF16).t())
+    assert torch.equal(straight, values)
+    assert torch.equal(transposed, values.t())
     for result, count, length in ((straight, rows, columns), (transposed, columns, rows)):
         padded = torch.as_strided(result, (count, length + length % 2), result.stride())
         assert torch.equal(padded[:, length:], torch.zeros(count, length % 2, dtype=BF16))
@@ -130,13 +163,13 @@ def test_rounding_both_ways(rows: int, columns: int, gap: int, dtype: torch.dtyp
     assert all(x[count:].isnan().all() for x, count in zip(memory, used, strict=True))
 
 
-def test_rounding_one_way() -> None:
-    values = torch.randn(5, 7)
-    straight, nothing = round_both(values, torch.empty(100, dtype=BF16), None)
-    assert nothing is None and straight is not None and torch.equal(straight, values.to(BF16))
-    nothing, transposed = round_both(values, None, torch.empty(100, dtype=BF16))
+def test_one_left_factor() -> None:
+    values = torch.randn(5, 7).to(BF16)
+    straight, nothing = factors(values, torch.empty(100, dtype=BF16), None)
+    assert nothing is None and straight is not None and torch.equal(straight, values)
+    nothing, transposed = factors(values, None, torch.empty(100, dtype=BF16))
     assert nothing is None and transposed is not None
-    assert torch.equal(transposed, values.to(BF16).t())
+    assert torch.equal(transposed, values.t())
 
 
 def test_nothing_beyond_the_numbers() -> None:
@@ -187,6 +220,22 @@ def test_wrong_input() -> None:
     with pytest.raises(ValueError, match="words must be"):
         pack(matrix(4, 6, 16), torch.empty(packed_size(4, 6) - 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="straight must have 16 elements, got 15"):
-        round_both(torch.zeros(4, 4), torch.empty(15, dtype=BF16), None)
-    with pytest.raises(TypeError, match="values must be"):
-        round_both(torch.zeros(4, 4, dtype=torch.float16), None, None)
+        factors(matrix(4, 4, 16), torch.empty(15, dtype=BF16), None)
+    with pytest.raises(TypeError, match="matrix must be"):
+        factors(torch.zeros(4, 4), None, None)
+
+
+def test_wrong_input_of_what_is_not_packed() -> None:
+    a, b, out = matrix(3, 4, 13), matrix(4, 6, 14), torch.empty(3, 6)
+    with pytest.raises(ValueError, match="must fit"):
+        add_product(a, b, torch.empty(3, 7))
+    with pytest.raises(ValueError, match="must fit"):
+        add_product(a, matrix(5, 6, 14), out)
+    with pytest.raises(ValueError, match="a 0 after each row"):
+        add_product(torch.zeros(3, 3, dtype=BF16), matrix(3, 6, 15), out)
+    with pytest.raises(ValueError, match="rows that lie apart"):
+        add_product(a, b, torch.empty(1, 6).expand(3, 6))
+    with pytest.raises(ValueError, match="b must be"):
+        add_product(a, matrix(6, 4, 14).t(), out)
+    with pytest.raises(TypeError, match="out must be"):
+        add_product(a, b, out.to(BF16))

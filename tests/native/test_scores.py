@@ -43,8 +43,9 @@ class Head:
     def logits(self) -> Logits:
         return Logits(self.x, self.bias, self.scale, self.cap)
 
-    def tiles(self, tile: int, first: int = 0) -> Tiles:
-        return Tiles(self.weight, tile, first, self.bias, self.scale, self.cap)
+    def tiles(self, tile: int, first: int = 0, tiles: int = 1) -> Tiles:
+        """`tiles` of them lie side by side where they are kept."""
+        return Tiles(self.weight, tile, tiles * tile, first, self.bias, self.scale, self.cap)
 
     def run(
         self,
@@ -53,9 +54,10 @@ class Head:
         out: Outputs | None = None,
         first: int = 0,
         has_moment: bool = True,
+        tiles: int = 1,
     ) -> Running:
         running = fresh(len(ids), ids.shape[1], has_moment)
-        add_scores(self.tiles(tile, first), self.packed, out, ids, running)
+        add_scores(self.tiles(tile, first, tiles), self.packed, out, ids, running)
         return running
 
 
@@ -139,18 +141,19 @@ def test_a_maximum_that_is_found_late_is_exactly_1() -> None:
     rows=st.integers(1, 140),
     classes=st.integers(1, 150),
     tile=st.integers(1, 160),
+    tiles=st.integers(1, 3),
     used=st.integers(0, 9),
     spare=st.integers(0, 9),
 )
-def test_outputs(rows: int, classes: int, tile: int, used: int, spare: int) -> None:
+def test_outputs(rows: int, classes: int, tile: int, tiles: int, used: int, spare: int) -> None:
     """Tile by tile where they belong, the bits of the product, and nothing else is written."""
     head, width = Head(rows, classes, 24), used + rows + spare
     words = torch.full((classes * width + 5,), torch.nan)
     ids = ids_of(rows, classes, 1)
-    kept = head.run(ids, tile, out=Outputs(words, width, used))
+    kept = head.run(ids, tile, out=Outputs(words, width, used), tiles=tiles)
     x, written = head.x, torch.zeros_like(words, dtype=torch.bool)
-    for begin in range(0, classes, tile):
-        count = min(tile, classes - begin)
+    for begin in range(0, classes, tiles * tile):
+        count = min(tiles * tile, classes - begin)
         place = slice(begin * width + used * count, begin * width + (used + rows) * count)
         assert words[place].view(rows, count).equal(x[:, begin : begin + count])
         written[place] = True
@@ -239,6 +242,8 @@ CASES = [
     ("weight", ValueError, lambda: {"tiles": TILES._replace(weight=HEAD.weight[:, :6])}),
     ("weight", ValueError, lambda: {"tiles": TILES._replace(weight=HEAD.weight[:, :7])}),
     ("tile", ValueError, lambda: {"tiles": TILES._replace(tile=0)}),
+    ("out_tile", ValueError, lambda: {"tiles": TILES._replace(out_tile=12)}),
+    ("out_tile", ValueError, lambda: {"tiles": TILES._replace(out_tile=0)}),
     ("bias", ValueError, lambda: {"tiles": TILES._replace(bias=torch.zeros(3))}),
     ("cap", ValueError, lambda: {"tiles": TILES._replace(cap=0.0)}),
     ("first_class", ValueError, lambda: {"tiles": TILES._replace(first_class=-1)}),

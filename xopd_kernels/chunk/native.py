@@ -23,6 +23,8 @@ from xopd_kernels.chunk.native_gemm import (
     Bf16Gradient,
     Fp32Gemms,
     Fp32Gradient,
+    RoundedTiles,
+    Write,
     as_factors,
 )
 from xopd_kernels.chunk.native_kept import KeptGradient, KeptRows
@@ -31,7 +33,6 @@ from xopd_kernels.native_matmul import Packed, multiplies
 from xopd_kernels.native_scores import Outputs
 from xopd_kernels.records import GradientSink, Head, HeadGradient
 
-Write = Callable[[slice, Tensor], None]  # (tile, out [rows, T])
 AddTo = Callable[[slice, Tensor], None]  # (tile, fp32 sum [T, D] before it is rounded)
 
 
@@ -165,7 +166,7 @@ class GradientSum(NamedTuple):
     def add(
         self, chunk: Chunk, alive: Tensor | None, write: Write, add_to: AddTo | None = None
     ) -> None:
-        """Add a chunk; `write(tile, out)` fills d(loss)/d(linear output) [rows, T] of a tile.
+        """Add a chunk; `write` fills d(loss)/d(linear output) of a tile.
 
         `alive` [rows] int64: the rows that `write` fills; None: all of the chunk. `add_to` adds to
         each tile of d_weight what does not come from these rows.
@@ -180,31 +181,32 @@ class GradientSum(NamedTuple):
             is_direct = alive is None and self.live.kept is None
             is_direct &= self.hidden.dtype == torch.float32
             d_hidden = self.hidden[chunk.part] if is_direct else _zeros(hidden)
-        gemms = self.model.gemms.gradient(hidden, self.d_tile)
-        for tile, d_logit in self._tiles(len(hidden), write):
-            self._add_tile(gemms, tile, d_logit, d_hidden, chunk.part, add_to)
+        model, wanted = self.model, self.call.wanted
+        gradient = model.gemms.gradient(hidden, self.d_tile, model.step, wanted)
+        for tile in model.tiles():
+            gradient.fill(tile, write)
+            if self.bias is not None:
+                self.bias[tile] += gradient.sums(tile)
+            self._add_tile(gradient, tile, d_hidden, chunk.part, add_to)
         if self.hidden is not None and d_hidden is not None:
             self.call.shard.sum_(d_hidden)
             if not is_direct:
                 self.hidden[self.live.rows(chunk.part, alive)] = d_hidden.to(self.hidden.dtype)
 
-    def _tiles(self, rows: int, write: Write) -> Iterator[tuple[slice, Tensor]]:
-        """d(loss)/d(linear output) [rows, T] tile by tile, in one buffer; d_bias has its sum."""
-        buffer = torch.empty(rows * self.model.step, dtype=torch.float32)
-        for tile in self.model.tiles():
-            count = tile.stop - tile.start
-            d_logit = buffer[: rows * count].view(rows, count)
-            write(tile, d_logit)
-            if self.bias is not None:
-                self.bias[tile] += d_logit.sum(0)
-            yield tile, d_logit
-
     def _keep(self, rows: KeptRows, write: Write) -> None:
         """Add a chunk whose d_logit waits for the last one."""
         kept = self.kept
         assert kept is not None
-        for tile, d_logit in self._tiles(len(rows.hidden), write):
-            kept.keep(tile, d_logit)
+        wanted = self.call.wanted._replace(hidden=True, weight=False)
+        d_logit = RoundedTiles.of(rows.hidden, self.model.step, wanted)
+        for tile in self.model.tiles():
+            out = d_logit.of_tile(tile)
+            write(tile, out)
+            if self.bias is not None:
+                self.bias[tile] += d_logit.sums(tile)
+            assert out.straight is not None
+            kept.keep(tile, out.straight[:, : tile.stop - tile.start])
+        del d_logit, out
         kept.chunks.append(rows)
         if rows.part.stop < self.live.live:
             return
@@ -219,19 +221,18 @@ class GradientSum(NamedTuple):
 
     def _add_tile(
         self,
-        gemms: Fp32Gradient | Bf16Gradient,
+        gradient: Fp32Gradient | Bf16Gradient,
         tile: slice,
-        d_logit: Tensor,
         d_hidden: Tensor | None,
         part: slice,
         add_to: AddTo | None,
     ) -> None:
-        """Add `d_logit` of the rows `part` to d_hidden and to its tile of d_weight."""
+        """Add a tile of the rows `part` to d_hidden and to its tile of d_weight."""
         to, is_added = self._weight_of(tile, part.start == 0)
         # What else is added to a tile of d_weight comes before its one rounding.
         is_unrounded = add_to is not None and self.total is None and to is not None
         out = self.d_tile[: tile.stop - tile.start] if is_unrounded else to
-        gemms.add(tile, d_logit, d_hidden, out, is_added)
+        gradient.add(tile, d_hidden, out, is_added)
         if out is not None and to is not None and add_to is not None:
             add_to(tile, out)
             if out is not to:

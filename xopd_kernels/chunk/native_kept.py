@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xopd_kernels.chunk.native_gemm import Bf16Gemms
 from xopd_kernels.memory import Panel, next_kept_rows
-from xopd_kernels.native_matmul import pack, packed_size, product, round_both
+from xopd_kernels.native_matmul import add_product, factors, pack, product
 from xopd_kernels.native_scores import Outputs
 
 
@@ -54,33 +54,27 @@ class KeptGradient:
         return self.weight.view(-1)[begin : begin + rows * classes].view(rows, classes)
 
     def keep(self, tile: slice, d_logit: Tensor) -> None:
-        """Leave d_logit [rows, T] fp32 of the next chunk, over its own logits."""
-        rows, classes = d_logit.shape
-        block = self._block(tile, self._rows, rows)
-        if classes % 2 == 0:
-            round_both(d_logit, block.view(-1), None)
-        else:  # rows of an odd length would be padded
-            block.copy_(d_logit)
+        """Leave d_logit [rows, T] bf16 of the next chunk, over its own logits."""
+        self._block(tile, self._rows, len(d_logit)).copy_(d_logit)
 
     def write(self, tiles: Iterator[slice], d_hidden: Tensor | None) -> None:
         """Replace what is kept by d_weight; `d_hidden` [rows, D] fp32: added to."""
         hidden = torch.cat([chunk.hidden for chunk in self.chunks])
-        rows, dim = hidden.shape
+        rows = len(hidden)
         if rows == 0:
             self.weight.zero_()
             return
         packed, step = pack(hidden), self.gemms.step
         del hidden
-        words = self.weight.new_empty(packed_size(step, dim), dtype=torch.int32)
         transposed = self.weight.new_empty(step * (rows + rows % 2))
         for tile in tiles:
             d_logit = self._block(tile, 0, rows)
             count, padded = tile.stop - tile.start, None
             if count % 2:
                 padded = self.weight.new_empty(rows * (count + 1))
-            straight, other = round_both(d_logit, padded, transposed)
+            straight, other = factors(d_logit, padded, transposed)
             if d_hidden is not None:
-                weight = pack(self.gemms.rows(tile), words)
-                product(d_logit if straight is None else straight, weight, d_hidden, is_added=True)
+                left = d_logit if straight is None else straight
+                add_product(left, self.gemms.rows(tile), d_hidden)
             assert other is not None
             product(other, packed, self.weight[tile])

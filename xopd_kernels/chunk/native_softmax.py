@@ -7,8 +7,8 @@ from torch import Tensor
 
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import Chunk, Model, Write
-from xopd_kernels.chunk.native_gemm import Bf16Gemms
+from xopd_kernels.chunk.native import Chunk, Model
+from xopd_kernels.chunk.native_gemm import Bf16Gemms, Write
 from xopd_kernels.chunk.reference import LOG_ZERO, LiveRows
 from xopd_kernels.validation import check_target_range
 
@@ -102,7 +102,7 @@ def write_softmax_gradient(
 ) -> Write:
     """What `GradientSum.add` needs for d_logit = alpha e + gamma e (z - maximum)."""
 
-    def write(tile: slice, out: Tensor) -> None:
+    def write(tile: slice, out: Tensor | native.Rounded) -> None:
         logits = chunk.kept(model, tile)
         native.write_gradient(logits, tile.start, alive, terms, out)
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from xopd_kernels import native_draw, native_sparse
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import AddTo, Chunk, GradientSum, Model, Write
+from xopd_kernels.chunk.native import AddTo, Chunk, GradientSum, Model
+from xopd_kernels.chunk.native_gemm import Write
 from xopd_kernels.chunk.native_softmax import Stats
 from xopd_kernels.chunk.reference import LOG_ZERO
 from xopd_kernels.chunk.sparse import Choice, Tail, raised_mass, row_uniform

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from xopd_kernels import native
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks
+from xopd_kernels.chunk.native import Chunk, GradientSum, Model, chunks
+from xopd_kernels.chunk.native_gemm import Write
 from xopd_kernels.chunk.native_softmax import sweep
 from xopd_kernels.chunk.reference import LiveRows
 from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Teacher
@@ -93,7 +94,7 @@ def _writer(
     of_rest = sums.slope_others.float(), student.rest.float()
     terms = native.DivergenceTerms(sums.bound, slope_sum, *of_rest, weight)
 
-    def write(tile: slice, out: Tensor) -> None:
+    def write(tile: slice, out: Tensor | native.Rounded) -> None:
         sides = student.side(tile), teacher.side(tile)
         native.write_divergence_gradient(*sides, beta, terms, out)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks
+from xopd_kernels.chunk.native import Chunk, GradientSum, Model, chunks
+from xopd_kernels.chunk.native_gemm import Write
 from xopd_kernels.chunk.native_softmax import Softmax, Stats, write_softmax_gradient
 from xopd_kernels.chunk.native_sparse import (
     LeftOut,

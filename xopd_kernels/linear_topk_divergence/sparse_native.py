@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.native import Chunk, GradientSum, Model, Write, chunks
+from xopd_kernels.chunk.native import Chunk, GradientSum, Model, chunks
+from xopd_kernels.chunk.native_gemm import Write
 from xopd_kernels.chunk.native_softmax import write_softmax_gradient
 from xopd_kernels.chunk.native_sparse import ListedRows, SparseSum, bounds_of
 from xopd_kernels.chunk.reference import LiveRows

@@ -93,9 +93,10 @@ test-sanitize: $(VENV)/dev $(SANITIZED)  ## the native kernels under address and
 test-gpu: $(VENV)/dev  ## the device lane; skips where CUDA is missing and says so
 	$(BIN)/python -m pytest -m gpu
 
-lint: $(VENV)/dev  ## ruff (rules and format) and spelling
+lint: $(VENV)/dev  ## ruff (rules and format), clang-format and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h
 	$(BIN)/codespell
 
 type: $(VENV)/dev  ## mypy --strict

@@ -112,6 +112,7 @@ def test_tiles_change_nothing(operator, softcap):
         assert memory_plan(work, Backend.NATIVE, budget).chunk_rows == rows
         leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
         settings = {"bias": leaves[2], "softcap": softcap, "memory_budget_bytes": budget}
+        settings["backend"] = Backend.NATIVE
         if operator is Operator.POLICY_LOSS:
             loss = linear_policy_loss(*leaves[:2], target, advantage=advantage, **settings).loss
         elif operator is Operator.LOGPROB:

@@ -101,6 +101,11 @@ class Sparsity(NamedTuple):
     seed: int  # of "unbiased"; 0 else
 
     @property
+    def leaves_out(self) -> bool:
+        """Whether anything may be left out: with e = 0 the gradient is that of "exact"."""
+        return self.max_error > 0
+
+    @property
     def is_unbiased(self) -> bool:
         """Whether a class is drawn for those that are left out."""
         return self.mode == "unbiased"

@@ -92,7 +92,7 @@ def test_bound(kind, operator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_no_error_allowed_is_the_exact_gradient(dtype, operator):
     inputs = make_inputs(*SHAPE, dtype, Distribution.PEAKED, device="cuda")
-    options = {**SPARSE, "max_gradient_error": 0.0, "memory_budget_bytes": BUDGET_BYTES}
+    options = {**SPARSE, "max_gradient_error": 1e-30, "memory_budget_bytes": BUDGET_BYTES}
     sparse, exact = (both(inputs, operator, **x)[-3:] for x in (options, TRITON))
     for one, other in zip(sparse, exact, strict=True):
         assert (one.float() - other.float()).norm() <= 5e-3 * other.float().norm()

@@ -178,10 +178,10 @@ def test_full_lists_equal_the_reference(operator, mode, has_all, monkeypatch):
 @pytest.mark.parametrize("operator", [linear_policy_loss, linear_logprob, linear_topk_divergence])
 def test_no_error_allowed_is_the_exact_gradient(operator, dtype, monkeypatch):
     set_chunk_rows(monkeypatch, 12)
-    call = {"gradient": "sparse", "max_gradient_error": 0.0}
+    call = {"gradient": "sparse", "max_gradient_error": 1e-30}  # 0 takes the exact path
     sparse, found = small_case(dtype, True, TRITON, operator, **call)
     exact, expected = small_case(dtype, True, TRITON, operator)
-    assert sparse.gradient_error == 0
+    assert sparse.gradient_error <= 1e-30
     assert (sparse.dropped_mass < 1e-6).all()
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
     for one, other in zip(sparse, exact, strict=False):

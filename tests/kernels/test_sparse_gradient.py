@@ -59,7 +59,7 @@ def check_bound(problem, dtype, backend, mode, max_error, budget=None):
     rows=st.integers(1, 24),
     classes=st.integers(1, 300),
     seed=st.integers(0, 10_000),
-    max_error=st.sampled_from([0.0, 1e-6, 1e-3, 0.01, 0.1, 0.5, 2.0, 100.0]),
+    max_error=st.sampled_from([0.0, 1e-30, 1e-3, 0.01, 0.1, 0.5, 2.0, 100.0]),
     is_cut=st.booleans(),
 )
 def test_the_bound_holds(backend, mode, kind, rows, classes, seed, max_error, is_cut):
@@ -73,7 +73,7 @@ def test_the_bound_holds(backend, mode, kind, rows, classes, seed, max_error, is
 @given(
     kind=st.sampled_from(Kind),
     seed=st.integers(0, 10_000),
-    max_error=st.sampled_from([0.0, 1e-9, 1e-3, 0.1, 1.0]),
+    max_error=st.sampled_from([0.0, 1e-30, 1e-9, 1e-3, 0.1, 1.0]),
 )
 def test_the_bound_in_fp64_is_what_is_left_out(mode, kind, seed, max_error):
     problem = Problem.of(kind, 24, 200, seed)
@@ -114,12 +114,14 @@ def test_dropped_mass_is_that_of_the_classes_without_an_entry(backend, kind):
 @IN_MODES
 @pytest.mark.parametrize("distribution", Distribution)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_no_error_is_the_exact_gradient(backend, mode, distribution, dtype):
+@pytest.mark.parametrize("max_error", [0, 1e-30])
+def test_no_error_is_the_exact_gradient(backend, mode, distribution, dtype, max_error):
+    """1e-30: by the rule, whose rows are dense or lists that lack nothing."""
     inputs, advantage = make_case(dtype, distribution)
-    call = {"advantage": advantage, "bias": inputs.bias, "backend": backend}
-    out = linear_policy_loss(*inputs[:2], inputs.target, max_gradient_error=0, **mode, **call)
-    assert out.gradient_error == 0
-    assert (out.dropped_mass == 0).all()
+    call = {"advantage": advantage, "bias": inputs.bias, "backend": backend, **mode}
+    out = linear_policy_loss(*inputs[:2], inputs.target, max_gradient_error=max_error, **call)
+    assert out.gradient_error <= max_error
+    assert (out.dropped_mass <= max_error).all()
     given = PolicyTerms(None, advantage, None, None, 0.2, 0.2, 10.0)
     results = [[out.logprob, *gradients(out.loss, inputs)]]
     for x in (inputs, inputs.to(torch.float64)):
@@ -127,6 +129,23 @@ def test_no_error_is_the_exact_gradient(backend, mode, distribution, dtype):
         results.append([dense.logprob, *gradients(dense.loss, x)])
     for name, *values in zip(("logprob", "hidden", "weight", "bias"), *results, strict=True):
         assert_within_budget(name, *values)
+
+
+@ON_ALL
+@IN_MODES
+def test_an_error_of_0_is_exact_to_the_bit(backend, mode):
+    """It takes the path of "exact", without lists."""
+    inputs, advantage = make_case(torch.bfloat16)
+    call = {"advantage": advantage, "bias": inputs.bias, "backend": backend}
+    exact = linear_policy_loss(*inputs[:2], inputs.target, **call)
+    out = linear_policy_loss(*inputs[:2], inputs.target, max_gradient_error=0.0, **mode, **call)
+    assert type(out) is SparsePolicyLoss
+    for one, other in zip(exact, out[:6], strict=True):
+        assert one.equal(other)
+    for one, other in zip(gradients(exact.loss, inputs), gradients(out.loss, inputs), strict=True):
+        assert one.equal(other)
+    assert out.gradient_error == 0 and out.dropped_mass.count_nonzero() == 0
+    assert not any(value.requires_grad for value in out[1:])
 
 
 @ON_ALL

@@ -104,7 +104,7 @@ def linear_logprob(
             the list lacks too much. Not with `vocab_group`.
         max_gradient_error: e >= 0; with "sparse" only, which needs it. Of every row
             ``||dz - dz'||_1 <= e * ||dz||_1``, dz the gradient of the transformed logits and dz'
-            the one that is used, whatever the upstream gradient. e = 0 leaves out nothing.
+            the one that is used, whatever the upstream gradient. e = 0: that of "exact".
         memory_budget_bytes: bound of the workspace (not of the gradients and of the fp32 sum of
             d_weight), see `memory_plan`; None: 48 MiB on a CPU, 640 MB on a CUDA device. It decides
             how many rows are computed at a time; the least one that is accepted is slow.
@@ -145,7 +145,7 @@ def linear_logprob(
         raise TypeError(f"needs_entropy must be a bool, got {needs_entropy!r}")
     sparsity = check_sparsity(gradient, max_gradient_error, vocab_group=x.vocab_group)
     flat_target, has_gradient = prepare_target(target, hidden), any(wanted_gradients(*x[:3]))
-    if sparsity is not None and has_gradient:
+    if sparsity is not None and sparsity.leaves_out and has_gradient:
         logprob, lse, entropy, dropped, error, _, _, _ = linear_logprob_sparse_op(
             *x[:3],
             flat_target,
@@ -175,8 +175,9 @@ def linear_logprob(
     logprob, lse, entropy = _shaped(results, x.shape, needs_entropy)
     if sparsity is None:
         return LinearLogprob(logprob, lse, entropy)
-    nothing = torch.zeros_like(logprob, dtype=torch.float32)  # without a gradient
-    return SparseLinearLogprob(logprob, lse, entropy, nothing, nothing.new_zeros(()))
+    nothing = torch.zeros_like(logprob, dtype=torch.float32)
+    detached = (lse.detach(), entropy.detach())
+    return SparseLinearLogprob(logprob, *detached, nothing, nothing.new_zeros(()))
 
 
 def _shaped(rows: tuple[Tensor, ...], shape: torch.Size, needs_entropy: bool) -> list[Tensor]:

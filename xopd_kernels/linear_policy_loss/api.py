@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -138,7 +139,7 @@ def linear_policy_loss(
             gradients dz_i of the transformed logits and dz'_i as used,
             ``sum_i ||dz_i - dz'_i||_1 <= e * sum_i ||dz_i||_1``, so d_hidden of a row is off by
             at most ``||dz_i - dz'_i||_1 * max_v ||W_v - u_i||`` (times the slope between linear
-            output and logits; u_i: `chunk.sparse.Tail`). e = 0 leaves out nothing.
+            output and logits; u_i: `chunk.sparse.Tail`). e = 0: as "exact".
             `chunk.sparse.choose_rows` is the rule.
         gradient_seed: int, needed by "unbiased": what is drawn is a function of it and of the
             row's number. Another one for each step.
@@ -220,7 +221,7 @@ def linear_policy_loss(
     options = (x.vocab_group, ignore_index, memory_budget_bytes, backend_name)
     scalars, wanted = (*bounds, *x.scalars, *options), wanted_gradients(*x[:3])
     main_grad = main_grad_to_add_ahead(x, main_grad_ahead)
-    if sparsity is not None:
+    if sparsity is not None and sparsity.leaves_out:
         every = (*scalars, *sparsity)
         if main_grad is not None:
             loss, *rows, error = compute_ahead(run_sparse, tensors, every, wanted, main_grad)
@@ -233,7 +234,11 @@ def linear_policy_loss(
         loss, *rows = compute_ahead(run, tensors, scalars, wanted, main_grad)
     else:
         loss, *rows, _, _, _ = linear_policy_loss_op(*tensors, x.main_grad, *scalars, *wanted)
-    return PolicyLoss(loss, *(row.detach().view(x.shape) for row in rows))
+    result = PolicyLoss(loss, *(row.detach().view(x.shape) for row in rows))
+    if sparsity is None:
+        return result
+    nothing = torch.zeros_like(result.logprob, dtype=torch.float32)
+    return SparsePolicyLoss(*result, nothing, nothing.new_zeros(()))
 
 
 def _check_scalars(clip_low: float, clip_high: float, advantage_clamp: float) -> None:

@@ -158,7 +158,7 @@ def linear_topk_divergence(
     scalars = (float(beta), tail == "bucket", *x.scalars, memory_budget_bytes, backend_name)
     sparsity = check_sparsity(gradient, max_gradient_error)
     wanted, main_grad = wanted_gradients(*x[:3]), main_grad_to_add_ahead(x, main_grad_ahead)
-    if sparsity is not None:
+    if sparsity is not None and sparsity.leaves_out:
         every = (*scalars, sparsity.max_error)
         if main_grad is not None:
             results = compute_ahead(run_sparse, tensors, every, wanted, main_grad)
@@ -174,7 +174,11 @@ def linear_topk_divergence(
         results = linear_topk_divergence_op(*tensors, x.main_grad, *scalars, *wanted)
         divergence, lse, teacher_lse, _, _, _ = results
     rows = (row.detach().view(x.shape) for row in (lse, teacher_lse))
-    return LinearDivergence(divergence.view(x.shape), *rows)
+    result = LinearDivergence(divergence.view(x.shape), *rows)
+    if sparsity is None:
+        return result
+    nothing = torch.zeros_like(result.lse, dtype=torch.float32)
+    return SparseDivergence(*result, nothing, nothing.new_zeros(()))
 
 
 def _check_teacher(ids: Tensor, logprob: Tensor, shape: torch.Size, classes: int) -> None:

@@ -152,6 +152,8 @@ def test_the_demo_table_is_the_measured_one(repository: Path) -> None:
         ("cpu_512x1024x32000", "README.md"),
         ("cpu_1024x2048x151936", "benchmarks/README.md"),
         ("cpu_256x3584x152064", "benchmarks/README.md"),
+        ("cpu_fp32_1024x2048x151936", "benchmarks/README.md"),
+        ("cpu_fp32_256x3584x152064", "benchmarks/README.md"),
         ("cpu_avx2_256x3584x152064", "benchmarks/README.md"),
     ],
 )

@@ -157,7 +157,8 @@ class Blocks(NamedTuple):
     @classmethod
     def of(cls, work: Workload, memory_budget_bytes: int | None) -> "Blocks":
         """The blocks within the budget."""
-        needs, size = Needs.of(work, Backend.REFERENCE, None), work.arithmetic.itemsize
+        needs = Needs.of(work, Backend.REFERENCE, memory_budget_bytes)
+        size = work.arithmetic.itemsize
         budget = budget_of(needs, memory_budget_bytes)
         classes = max(1, needs.tile(budget) // max(1, needs.tile_row))
         return cls(classes, needs.block(budget) // needs.row, needs.piece(budget) // size)

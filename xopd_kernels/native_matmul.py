@@ -81,20 +81,17 @@ def packed_size(k: int, n: int) -> int:
     return whole(n) * -(-k // 2)
 
 
-def pack(matrix: Tensor, words: Tensor | None = None, is_transposed: bool = False) -> Packed:
+def pack(matrix: Tensor, is_transposed: bool = False) -> Packed:
     """`matrix` [k, n] bf16, or its transpose [n, k] (k even), as a right factor.
 
-    `words`: memory for it, int32 of at least `packed_size`; None: allocated. Raises
-    TypeError/ValueError for a tensor that does not fit, RuntimeError without the products.
+    Raises TypeError/ValueError for a tensor that does not fit, RuntimeError without the products.
     """
     rows, columns = matrix.shape
     k, n = (columns, rows) if is_transposed else (rows, columns)
     if is_transposed and k % 2:
         raise ValueError(f"a transposed matrix must have an even k, got {list(matrix.shape)}")
-    size = packed_size(k, n)
-    words = torch.empty(size, dtype=torch.int32) if words is None else words[:size]
-    to = address("words", words, torch.int32, (size,))
-    source = block("matrix", matrix, torch.bfloat16)
+    words = torch.empty(packed_size(k, n), dtype=torch.int32)
+    source, to = block("matrix", matrix, torch.bfloat16), words.data_ptr()
     call("xopd_run_pack", _Pack(source, rows, columns, matrix.stride(0), is_transposed, to))
     return Packed(words, k, n)
 
@@ -149,7 +146,7 @@ def product(a: Tensor, b: Packed, out: Tensor, is_added: bool = False) -> Tensor
 def add_product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
     """``out += a b``, b [k, n] bf16 read where it lies; otherwise as `product`.
 
-    For a `b` of few columns at a time, read once: a processor packs what it multiplies.
+    For a `b` that is multiplied once: each thread packs the columns that it multiplies.
     """
     k, n = b.shape
     _check_fit(a, k, n, out.shape)

@@ -82,12 +82,11 @@ XOPD_BF16 void multiply_block(const xopd_product& call, int64_t row, int64_t beg
   const int64_t pairs = (call.k + 1) / 2;
   __m512 sums[M][VECTORS];
   for (int64_t i = 0; i < M; ++i) {
-    const float* old = call.out + (row + i) * call.out_stride + begin;
     for (int64_t v = 0; v < VECTORS; ++v) {
       sums[i][v] = _mm512_setzero_ps();
-      if (call.is_added != 0) {
-        sums[i][v] = _mm512_maskz_loadu_ps(first(call.n - begin - v * LANES), old + v * LANES);
-      }
+      if (call.is_added == 0) continue;
+      const int64_t column = begin + v * LANES, at = (row + i) * call.out_stride + column;
+      sums[i][v] = _mm512_maskz_loadu_ps(first(call.n - column), call.out + at);
     }
   }
   multiply<M>(call.a + row * call.a_stride, call.a_stride, call.b + begin * pairs, pairs, sums);

@@ -22,6 +22,7 @@ $(VENV)/torch: constraints.txt
 
 $(VENV)/train: $(VENV)/torch pyproject.toml constraints.txt $(NATIVE)
 	$(PIP) --no-build-isolation -e '.[train]'
+	@$(BIN)/python -c 'from xopd_kernels.native_library import unavailable_reason as why; print(why() or "", end="")'
 	@touch $@
 
 $(VENV)/dev: $(VENV)/train

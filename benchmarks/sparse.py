@@ -2,9 +2,9 @@
 
 In each cell, one family of inputs (see sparse_problem.py), rounds of one bare GEMM (torch.mm in the
 inputs' dtype, on a CPU in fp32 too), the exact policy loss and the sparse one at every threshold
-take turns; each round begins with another. Before that every provider runs once, and its gradients
-are held against those of plain torch in fp64; how many entries a row kept follows from the mass
-that the operator says it left out.
+take turns, each round in an order of its own. Before that every provider runs once, and its
+gradients are held against those of plain torch in fp64; how many entries a row kept follows from
+the mass that the operator says it left out.
 
 examples:
   python -m benchmarks.sparse run --smoke
@@ -38,7 +38,7 @@ from xopd_bench.cell import Shape
 from xopd_bench.cli import DTYPES, parse_shape
 from xopd_bench.clock import Clock
 from xopd_bench.errors import BenchError
-from xopd_bench.measure import LEAST_ROUNDS, Limits, quantile
+from xopd_bench.measure import LEAST_ROUNDS, Limits, quantile, turns
 from xopd_bench.record import Line
 from xopd_kernels.backend import resolve
 
@@ -186,17 +186,15 @@ def _estimated_s(left: Tensor, right: Tensor) -> float:
 
 
 def _rounds(passes: Mapping[str, Pass], limits: Limits, clock: Clock) -> dict[str, list[float]]:
-    """Times of each in ms; every round begins with another provider."""
-    names = list(passes)
-    for name in names if torch.cuda.is_available() else ():
-        passes[name]()  # what a first pass does once
-    times_ms: dict[str, list[float]] = {name: [] for name in names}
+    """Times of each in ms, each round in an order of its own."""
+    for run in passes.values() if torch.cuda.is_available() else ():
+        run()  # what a first pass does once
+    times_ms: dict[str, list[float]] = {name: [] for name in passes}
     start_s = time.perf_counter()
     for number in range(limits.rounds):
         if number >= LEAST_ROUNDS and time.perf_counter() - start_s > limits.cell_s:
             break
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
+        for name in turns(passes, number):
             times_ms[name].append(clock.milliseconds(passes[name]))
     return times_ms
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -13,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from xopd.errors import UserError
-from xopd_kernels import Backend, MemoryPlan, Operator, Workload, memory_plan
+from xopd_kernels import (
+    Backend,
+    MemoryPlan,
+    Operator,
+    Workload,
+    memory_plan,
+    native_library,
+    native_matmul,
+)
 from xopd_kernels.backend import unavailable_reason
 
 PACKAGES = (
@@ -31,7 +40,10 @@ def versions() -> list[tuple[str, str]]:
             found.append((name, importlib.metadata.version(name)))
         except importlib.metadata.PackageNotFoundError:
             found.append((name, "not installed"))
-    found.append(("c++ compiler", shutil.which("g++") or shutil.which("clang++") or "not found"))
+    given = os.environ.get("CXX")
+    compilers = (given,) if given else ("g++", "clang++")
+    paths = filter(None, map(shutil.which, compilers))
+    found.append(("c++ compiler", next(paths, f"{' or '.join(compilers)} not found")))
     return found
 
 
@@ -48,10 +60,18 @@ def devices() -> list[tuple[str, torch.device]]:
 def backends() -> list[tuple[str, str, str]]:
     """(device, backend, "available" or the reason why it is not), for bf16 inputs."""
     return [
-        (name, kind.name, unavailable_reason(kind, device, torch.bfloat16) or "available")
-        for name, device in devices()
-        for kind in Backend
+        (name, kind.name, _status(kind, device)) for name, device in devices() for kind in Backend
     ]
+
+
+def _status(kind: Backend, device: torch.device) -> str:
+    reason = unavailable_reason(kind, device, torch.bfloat16)
+    if reason is not None:
+        return reason
+    if kind is not Backend.NATIVE:
+        return "available"
+    dots = "with" if native_matmul.is_available() else "without"
+    return f"available: {native_library.instruction_set()}; {dots} bf16 dot products"
 
 
 def eager_logit_bytes(tokens: int, vocabulary: int) -> int:

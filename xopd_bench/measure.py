@@ -10,10 +10,11 @@ taken for the time or the memory of a pass.
 import dataclasses
 import enum
 import gc
+import random
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -192,16 +193,24 @@ def quantile(ordered: Sequence[float], fraction: float) -> float:
     return ordered[round(fraction * (len(ordered) - 1))]
 
 
+def turns(names: Iterable[str], number: int) -> list[str]:
+    """The order of round `number`: drawn anew for each, as what ran before leaves its mark.
+
+    Caches, the clock rate and the pages that were handed back differ after a long fp32 product and
+    after a short pass; in one circular order everybody would always follow the same neighbour.
+    """
+    waiting = list(names)
+    return random.Random(number).sample(waiting, len(waiting))
+
+
 def _timed(ready: dict[str, Run], limits: Limits, clock: Clock) -> dict[str, list[float]]:
-    """Times of each in ms, in interleaved rounds; each round begins with another provider."""
+    """Times of each in ms, in interleaved rounds, each in an order of its own."""
     times_ms: dict[str, list[float]] = {name: [] for name in ready}
     start = time.perf_counter()
     for number in range(limits.rounds if ready else 0):
         if number >= LEAST_ROUNDS and time.perf_counter() - start > limits.cell_s:
             break
-        names = list(ready)
-        first = number % max(1, len(names))
-        for name in names[first:] + names[:first]:
+        for name in turns(ready, number):
             try:
                 times_ms[name].append(clock.milliseconds(ready[name]))
             except torch.OutOfMemoryError:

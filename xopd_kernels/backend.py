@@ -22,7 +22,7 @@ class Backend(enum.Enum):
 
     REFERENCE = "reference"  # eager torch, chunked over rows; any device; the numerical oracle
     TRITON = "triton"  # Triton kernels; CUDA, or CPU tensors in Triton's interpreter
-    NATIVE = "native"  # GEMMs of torch, the rest in a compiled C++ library; CPU
+    NATIVE = "native"  # a compiled C++ library, with GEMMs of torch but for bf16; CPU
 
 
 BackendChoice = Backend | Literal["auto"]

@@ -58,10 +58,23 @@ def load(path: Path | None) -> None:
 
 def runnable_objects() -> list[Path]:
     """The installed shared objects that this CPU can run, best first."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    names = _INSTRUCTION_SETS.get(capability, ("portable",))
-    paths = [Path(__file__).parent / f"_native_{name}.so" for name in names]
+    paths = [Path(__file__).parent / f"_native_{name}.so" for name in _instruction_sets()]
     return [path for path in paths if path.is_file()]
+
+
+def _instruction_sets() -> tuple[str, ...]:
+    capability = torch.backends.cpu.get_cpu_capability()
+    return _INSTRUCTION_SETS.get(capability, ("portable",))
+
+
+def instruction_set() -> str:
+    """That of the installed object that runs here, and what is amiss with it; "" without one."""
+    objects, best = runnable_objects(), _instruction_sets()[0]
+    if not objects:
+        return ""
+    name = objects[0].stem.removeprefix("_native_")
+    missing = f", slower than the {best} object, which was not built: is the compiler too old?"
+    return name if name == best else name + missing
 
 
 def unavailable_reason() -> str | None:

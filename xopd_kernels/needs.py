@@ -7,7 +7,7 @@ import torch
 from xopd_kernels import native_matmul
 from xopd_kernels.backend import Backend
 from xopd_kernels.native_scores import TILE_SUM_BYTES, tiles_of_call
-from xopd_kernels.workload import Operator, Workload
+from xopd_kernels.workload import NATIVE_TILE_CLASSES, Operator, Workload
 
 MIB = 2**20
 DEFAULT_CPU_BYTES = 48 * MIB  # of workspace: near the caches of a server processor
@@ -62,7 +62,14 @@ class Needs:
             logits = stored * size * work.vocab_size
             return cls(logits, scratch, 0, 0, 0, 0, TRITON_ROW_STEP, 16, DEFAULT_CUDA_BYTES, error)
         if backend is Backend.NATIVE:
-            return cls._of_native(work, error, DEFAULT_CPU_BYTES if given is None else given)
+            budget = DEFAULT_CPU_BYTES if given is None else given
+            tile = work.tile_classes(budget)
+            needs = cls._of_native(work, error, tile)
+            # Larger tiles are for what is left over: a row fits before they do.
+            while budget < needs.smallest(needs.least_rows) and tile > NATIVE_TILE_CLASSES:
+                tile = (tile - 1) // NATIVE_TILE_CLASSES * NATIVE_TILE_CLASSES
+                needs = cls._of_native(work, error, tile)
+            return needs
         # The slope of the softcap is kept beside the logits until they have become a gradient.
         has_slope = work.has_softcap and work.has_gradient
         row = size * work.vocab_size
@@ -83,9 +90,9 @@ class Needs:
         )
 
     @classmethod
-    def _of_native(cls, work: Workload, error: str, budget: int) -> "Needs":
+    def _of_native(cls, work: Workload, error: str, tile: int) -> "Needs":
         models, is_stored = work.models, work.has_gradient or work.operator is Operator.DIVERGENCE
-        tile, dim, size = work.tile_classes(budget), work.dim, work.dtype.itemsize
+        dim, size = work.dim, work.dtype.itemsize
         logits = 4 * work.vocab_size * models if is_stored else 0
         # A tile of logits or of their gradient; hidden states and their gradient; of the policy
         # loss also the hidden states with a gradient.
@@ -115,7 +122,9 @@ class Needs:
             fixed += 4 * FILLED_ROWS * (min(FILLED_CLASSES, tile) + dim)
         row += 4 * work.shared_tile_dim
         # `top_k_terms` are gone when the first tile of d_logit comes; 32 of their bytes are above.
-        scratch += max(of_tile, (TERM_BYTES - 32) * work.top_k)
+        # The workspace of logits that are not kept is there beside them.
+        terms = (TERM_BYTES - 32) * work.top_k
+        scratch += max(of_tile, terms) if work.has_gradient else of_tile + terms
         limit = (tile + tile % 2) * row
         step = 2 if row else 1
         # Hidden states, those of all chunks in one or a tile of d_logit, packed; their gradient.
@@ -185,5 +194,5 @@ def fitting_rows(work: Workload, needs: Needs, budget: int) -> int:
 
 
 def _factor_bytes(dtype: torch.dtype, dim: int) -> int:
-    """A number of NATIVE's hidden states: see `chunk.native_gemm.as_factor`."""
+    """A number of NATIVE's hidden states: see `chunk.native_gemm.as_factors`."""
     return 2 if native_matmul.multiplies(dtype, dim) else 4

@@ -67,7 +67,8 @@ class Workload(NamedTuple):
         """
         fitting = LIST_BYTES // (max(1, rows) * self.list_entry_bytes)
         most = max(MIN_LIST, self.vocab_size // LIST_SHARE)
-        return max(1, min(self.vocab_size, most, fitting))
+        # Never the target alone, where there are others.
+        return min(self.vocab_size, max(2, min(most, fitting)))
 
     @property
     def has_gradient(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from xopd_bench import measure
 from xopd_bench.cell import Job, Shape
 from xopd_bench.clock import Ceiling, Clock
 from xopd_bench.errors import BrokenDeviceError
-from xopd_bench.measure import Limits, Outcome, Problems, Status, fractions, measure_cell
+from xopd_bench.measure import (
+    Limits,
+    Outcome,
+    Problems,
+    Status,
+    fractions,
+    measure_cell,
+    turns,
+)
 from xopd_bench.memory import peak, recorded
 from xopd_bench.problem import IGNORED, Drawn, solve
 from xopd_bench.providers import providers
@@ -152,7 +161,7 @@ def test_a_device_that_broke_ends_the_run(monkeypatch):
         measure_cell([Provider("breaking", prepare)], problems(Job.SCORING), LIMITS, CLOCK)
 
 
-def test_each_round_begins_with_another_provider():
+def test_each_round_has_an_order_of_its_own():
     order = []
 
     def listed(name):
@@ -163,7 +172,20 @@ def test_each_round_begins_with_another_provider():
         return Provider(name, lambda problem: run, is_floor=True)
 
     measure_cell([listed("a"), listed("b"), listed("c")], problems(Job.SCORING), LIMITS, CLOCK)
-    assert order[-9:] == [*"abc", *"bca", *"cab"]
+    rounds = [tuple(order[-9:][i : i + 3]) for i in (0, 3, 6)]
+    assert all(sorted(names) == [*"abc"] for names in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_nobody_always_follows_the_same_neighbour():
+    names = [*"abcdefg"]
+    before = {name: set() for name in names}
+    for number in range(7):
+        order = turns(names, number)
+        assert order == turns(names, number)
+        for first, second in itertools.pairwise(order):
+            before[second].add(first)
+    assert all(len(neighbours) > 1 for neighbours in before.values())
 
 
 @pytest.mark.parametrize("classes", [300, 32_000, 131_072, 151_936, 152_064])

@@ -14,7 +14,7 @@ import torch
 from xopd.cli import build_parser, main
 from xopd.config import Config, dump_config, load_config
 from xopd.doctor import HeadShape, eager_logit_bytes, loss_memory
-from xopd_kernels import Backend
+from xopd_kernels import Backend, native_library
 
 MakeConfig = Callable[..., Config]
 COMMANDS = (
@@ -123,6 +123,25 @@ def test_doctor_says_what_runs_and_why_not_the_rest(capsys: pytest.CaptureFixtur
     for word in ("torch", "transformers", "REFERENCE", "available", "NATIVE", "N=1024"):
         assert word in text
     assert "linear_policy_loss on TRITON, workspace" in text
+
+
+def test_doctor_says_which_native_kernels_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The portable ones are there on every CPU, and several times slower."""
+    objects = native_library.runnable_objects()
+    if not objects:
+        pytest.skip("no native library was built")
+    name = objects[0].stem.removeprefix("_native_")
+    assert native_library.instruction_set().startswith(name)
+    monkeypatch.setattr(native_library, "runnable_objects", lambda: [Path("_native_portable.so")])
+    monkeypatch.setattr(native_library, "_instruction_sets", lambda: ("avx512", "portable"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert main(["doctor"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "portable, slower than the avx512 object" in native_library.instruction_set()
+    assert "available: portable" in text
+    assert "no-such-compiler not found" in text
 
 
 def test_doctor_counts_what_the_kernels_plan() -> None:

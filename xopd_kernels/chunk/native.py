@@ -1,6 +1,6 @@
 """Two sweeps over the vocabulary: what every Backend.NATIVE implementation is made of.
 
-For a chunk of rows, sweep one computes the logits tile by tile of classes (a GEMM of torch) and
+For a chunk of rows, sweep one computes the logits tile by tile of classes (a GEMM) and
 folds them into row statistics (native code, while the tile is in the cache); sweep two turns each
 tile into its gradient and multiplies it with the weight and the hidden states. Between the two the
 logits lie in the memory of d_weight, whose rows are not written yet: a tile of d_weight replaces
@@ -120,6 +120,7 @@ class GradientSum(NamedTuple):
         out = total = kept = None
         is_one_chunk = call.panel.is_narrow(live.live)
         is_one_chunk |= call.panel.first_rows == 0 and live.live <= call.step
+        is_one_chunk |= live.live == 0
         if wanted.weight:
             dtype = fp32 if sink.keeps_fp32 else out_dtype
             out = sink.main_grad
@@ -292,7 +293,8 @@ def chunks(
 ) -> Iterator[Chunk]:
     """The live rows of `hidden` [N, D], cut within the memory budget.
 
-    Without `keeps_logits` the tiles share one place.
+    Without `keeps_logits` the tiles share one place. Whoever goes through them lets go of a chunk
+    before asking for the next one: else the hidden states of two are there at a time.
     """
     workspace: Outputs | None = None
     begin = 0

@@ -20,6 +20,22 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 Recompute = Callable[[Tensor], Triple]  # token_weight [N] -> gradients of the weighted sum
 
 
+_SCALED_ELEMENTS = 2**18  # of d_hidden at a time
+
+
+def _scale_rows_(d_hidden: Tensor, factor: Tensor) -> Tensor:
+    """``d_hidden[i] *= factor[i]``, [N, D] and [N], rounded once.
+
+    On a CPU torch makes fp32 copies of a narrower d_hidden for it: of some rows at a time.
+    """
+    rows = max(1, len(d_hidden))
+    if d_hidden.is_cpu:
+        rows = min(rows, max(1, _SCALED_ELEMENTS // d_hidden.shape[1]))
+    for part, of_part in zip(d_hidden.split(rows), factor.split(rows), strict=True):
+        part.mul_(of_part[:, None])
+    return d_hidden
+
+
 class AheadOfTime(NamedTuple):
     """Gradients of the sum over the tokens, and how to get those of any other weighting."""
 
@@ -39,10 +55,10 @@ class AheadOfTime(NamedTuple):
         and the logits are computed again.
         """
         d_hidden, d_weight, d_bias = self.gradients
-        if self.is_by_rows and not (self.wanted.weight or self.wanted.bias):
-            scaled = d_hidden * self._live(upstream)[:, None]
-            return scaled.to(d_hidden.dtype), d_weight.clone(), d_bias.clone()
         factor = self._common_factor(upstream)
+        if factor is None and self._has_rows_alone:
+            scaled = _scale_rows_(d_hidden.clone(), self._live(upstream))
+            return scaled, d_weight.clone(), d_bias.clone()
         if factor is None:
             live = self._live(upstream)
             return self.recompute(live if self.token_weight is None else live * self.token_weight)
@@ -50,16 +66,20 @@ class AheadOfTime(NamedTuple):
 
     def scaled_in_place(self, upstream: Tensor) -> Triple:
         """As `scaled`, over the gradients themselves: a copy of d_weight is gigabytes."""
-        if self.is_by_rows and not (self.wanted.weight or self.wanted.bias):
-            self.gradients[0].mul_(self._live(upstream)[:, None])
-            return self.gradients
         factor = self._common_factor(upstream)
+        if factor is None and self._has_rows_alone:
+            _scale_rows_(self.gradients[0], self._live(upstream))
+            return self.gradients
         if factor is None:
             return self.scaled(upstream)
         if factor.device.type != "cpu" or factor.item() != 1.0:
             for gradient in self.gradients:
                 gradient.mul_(factor)
         return self.gradients
+
+    @property
+    def _has_rows_alone(self) -> bool:
+        return self.is_by_rows and not (self.wanted.weight or self.wanted.bias)
 
     def _live(self, upstream: Tensor) -> Tensor:
         """`upstream` [N], 0 for ignored tokens: theirs may be NaN, and NaN * 0 is not 0."""

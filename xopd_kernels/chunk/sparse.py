@@ -202,6 +202,11 @@ class Tail(NamedTuple):
         means = self.weight.new_empty(hidden.shape)
         return torch.mm(share, self.weight, out=means)
 
+    def rows_at_once(self, more: int = 0) -> int:
+        """Rows for which `means`, and `more` bytes of each row, take TAIL_BYTES."""
+        row_bytes = more + self.weight.element_size() * (4 * len(self.weight))
+        return max(1, TAIL_BYTES // (row_bytes + 2 * self.weight[0].nbytes))
+
     def subtract(
         self, d_hidden: Tensor, hidden: Tensor, ids: Tensor, values: Tensor, is_entry: Tensor
     ) -> None:
@@ -209,8 +214,7 @@ class Tail(NamedTuple):
 
         `hidden` [rows, D]; `values` [rows, K] of the classes `ids`, where `is_entry`.
         """
-        row_bytes = 16 * ids.shape[1] + self.weight.element_size() * (4 * len(self.weight))
-        step = max(1, TAIL_BYTES // (row_bytes + 2 * self.weight[0].nbytes))
+        step = self.rows_at_once(16 * ids.shape[1])
         for begin in range(0, len(hidden), step):
             part = slice(begin, begin + step)
             entries = values[part].where(is_entry[part], 0.0)

@@ -50,6 +50,7 @@ def forward(
         out[1, chunk.part], out[2, chunk.part] = student.lse(), reference.lse()
         if call.work.has_gradient:
             gradient.add(chunk, None, _writer(student, reference, beta, sums, of_rows))
+        del chunk, of_teacher, student, reference
     return LinearDivergence(*(live.spread(x.clone()) for x in out)), gradient.result()
 
 

@@ -21,6 +21,7 @@ def forward(call: Call, hidden: Tensor, target: Tensor, ignore_index: int) -> Li
         stats = softmax.forward(chunk)
         for row, values in zip(rows, stats[:3], strict=True):
             row[chunk.part] = values
+        del chunk
     entropy = live.spread(rows[2]) if call.work.needs_entropy else rows[2].new_empty(0)
     return LinearLogprob(live.spread(rows[0]), live.spread(rows[1]), entropy)
 
@@ -47,6 +48,7 @@ def backward(
             stats, LinearLogprob(*(x[chunk.part] for x in up)), entropy[chunk.part]
         )
         gradient.add(chunk, None, write_softmax_gradient(softmax.model, chunk, None, terms))
+        del chunk
     return gradient.result()
 
 

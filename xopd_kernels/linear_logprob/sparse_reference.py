@@ -93,7 +93,8 @@ def backward_sparse(
     # What is handed to the sum is the gradient by the linear output already.
     head = call.head._replace(temperature=1.0, softcap=None, logit_scale=1.0)
     linear = softmax.logits._replace(call=call._replace(head=head), slope=None)
-    gradient, tail = GradientSum.of(hidden, linear, live, sink), Tail.of(call.head, call.dtype)
+    gradient = GradientSum.of(hidden, linear, live, sink)
+    tail = Tail.of(call.head, call.dtype) if call.wanted.hidden else None
     upstream = live.take(upstream).to(call.dtype)
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)

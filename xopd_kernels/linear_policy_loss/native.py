@@ -39,6 +39,8 @@ def forward(
             of_logit = gradient_terms(stats, token.coefficient, alive)
             write = write_softmax_gradient(softmax.model, chunk, alive, of_logit)
             gradient.add(chunk, alive, write)
+            del write
+        del chunk
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
     return result, gradient.result()
 

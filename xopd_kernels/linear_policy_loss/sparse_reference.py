@@ -34,7 +34,7 @@ def forward_sparse(
     dropped = hidden.new_empty(live.live, dtype=torch.float32)
     error, norm = torch.zeros(2, dtype=torch.float64, device=hidden.device)
     numbers = torch.arange(live.total, device=hidden.device)
-    tail = Tail.of(call.head, call.dtype)
+    tail = Tail.of(call.head, call.dtype) if call.wanted.hidden else None
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         stats = softmax.forward(chunk_hidden, part)

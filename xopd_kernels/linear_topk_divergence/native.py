@@ -52,5 +52,6 @@ def forward(
             top = top.where(top != -torch.inf, 0.0)
             of_logit = GradientTerms(top, terms.of_rest, None, ids, terms.at_ids)
             gradient.add(chunk, None, write_softmax_gradient(model, chunk, None, of_logit))
+        del chunk
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     return result, gradient.result()

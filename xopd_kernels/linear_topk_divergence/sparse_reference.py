@@ -37,7 +37,8 @@ def forward_sparse(
     for part in live.parts(call.step):  # a chunk at a time: sorting takes 16 bytes an id
         check_top_k(live.chunk(teacher.ids, part), live.chunk(teacher.logprob, part), classes)
     student = ChunkLogits.of(call, live)
-    gradient, tail = GradientSum.of(hidden, student, live, sink), Tail.of(call.head, call.dtype)
+    gradient = GradientSum.of(hidden, student, live, sink)
+    tail = Tail.of(call.head, call.dtype) if call.wanted.hidden else None
     out = torch.empty(3, live.live, dtype=call.dtype, device=hidden.device)
     dropped = hidden.new_empty(live.live, dtype=torch.float32)
     error, norm = torch.zeros(2, dtype=torch.float64, device=hidden.device)

@@ -73,8 +73,8 @@ class _Chunk(NamedTuple):
 
     def dropped(self, choice: Choice) -> Tensor:
         """[rows] fp32 probability without an entry in the gradient."""
-        share = torch.where(choice.is_sparse, choice.dropped_mass, 0.0)
-        mass = (share * self.terms.rest_mass).float()
+        mass = choice.dropped_mass * self.terms.rest_mass
+        mass = torch.where(choice.is_sparse, mass, 0.0).float()  # a dense row may be NaN
         has_gradient = (self.terms.at_ids != 0).any(1) | (self.terms.of_rest != 0)
         return mass.masked_fill(choice.is_whole & has_gradient, 1.0)
 

@@ -169,7 +169,8 @@ def rest_kernel(
 ):
     """Of all classes but the ids [rows, K]: the largest logit, and the sum of exp(logit - that).
 
-    The ids become NaN in the logits [rows, V]. Without other classes: -inf and 0.
+    The ids, no two of a row alike, become NaN in the logits [rows, V]. Without other classes: -inf
+    and 0; the sum is NaN where another class is.
     """
     row = tl.cast(tl.program_id(0), tl.int64)
     if row >= tl.load(live_ptr):
@@ -182,11 +183,14 @@ def rest_kernel(
     tl.debug_barrier()
     maximum = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
+    marks = 0
     for first in range(0, V, BLOCK_V):
         col = first + tl.arange(0, BLOCK_V)
         x = tl.load(logits_ptr + col, mask=col < V, other=float("nan"))
         z = tl.where(x == x, capped(x, cap), float("-inf"))[None, :]
+        marks += tl.sum(((x != x) & (col < V)).to(tl.int32), 0)
         maximum, total, _ = fold_tile(maximum, total, 0.0, z, False)
+    total = tl.where(marks > K, float("nan"), total)
     one = tl.arange(0, 1)
     tl.store(top_ptr + row + one, maximum)
     tl.store(rest_ptr + row + one, total)

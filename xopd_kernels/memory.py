@@ -244,6 +244,11 @@ def _native_plan(work: Workload, needs: Needs, budget: int) -> MemoryPlan:
     overlay = min(overlay, work.rows)
     if overlay == work.rows > 0 or (overlay > 0 and panel.later_rows > 0):
         workspace_rows = 0
+    listed = 0
+    if work.is_sparse and work.operator is Operator.LOGPROB:
+        # The forward pass makes them, of chunks without logits.
+        forward = work._replace(wanted=Wanted(hidden=False, weight=False, bias=False))
+        listed = fitting_rows(forward, Needs.of(forward, Backend.NATIVE, budget), budget)
     logits = workspace_rows * needs.logits
     hidden = work.rows * work.dim * work.wanted.hidden
     weight = work.vocab_size * work.dim * (work.wanted.weight and not work.adds_to_main_grad)
@@ -261,7 +266,8 @@ def _native_plan(work: Workload, needs: Needs, budget: int) -> MemoryPlan:
         accumulator_bytes=4 * held,
         row_bytes=work.rows * _statistics_bytes(work),
         gradient_bytes=(hidden + weight + bias) * work.dtype.itemsize,
-        list_bytes=_list_bytes(work, max(overlay, workspace_rows)) + _sum_bytes(work, needs),
+        list_bytes=_list_bytes(work, max(overlay, workspace_rows, listed))
+        + _sum_bytes(work, needs),
     )
 
 

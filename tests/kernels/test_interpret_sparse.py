@@ -341,3 +341,19 @@ def test_every_launch_is_on_the_device_of_its_tensors(operator, monkeypatch):
     small_case(torch.float32, True, TRITON, operator, **SPARSE)
     assert {"list_kernel", "keep_kernel", "entry_hidden_kernel"} <= {name for name, _ in launches}
     assert all(is_guarded for _, is_guarded in launches)
+
+
+def test_a_logit_that_is_nan_is_not_taken_for_a_mark():
+    """The ids are marked by NaN in the logits; a class whose own logit is NaN is none of them."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(150, 16, generator=generator)
+    hidden = weight[:6] * 0.5
+    weight[40, 0] = torch.nan
+    ids, teacher = torch.arange(5).repeat(6, 1), torch.full((6, 5), -2.0)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    out = linear_topk_divergence(hidden, weight, ids, teacher, **TRITON, **SPARSE)
+    gradients = torch.autograd.grad(out.divergence.sum(), (hidden, weight))
+    assert out.divergence.isnan().all()
+    assert out.lse.isnan().all()
+    assert all(gradient.isnan().all() for gradient in gradients)
+    assert not out.dropped_mass.isnan().any()

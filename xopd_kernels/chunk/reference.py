@@ -297,11 +297,8 @@ class GradientSum(NamedTuple):
             d_hidden = torch.zeros_like(hidden)
             for classes, tile in logits.weight_tiles():
                 add_product_(d_hidden, d_logit[:, classes], tile)
-            for begin in range(0, len(hidden), tail.rows_at_once()) if tail is not None else ():
-                some = slice(begin, begin + tail.rows_at_once())
-                listed = d_logit[some, :: tail.step] != 0
-                means = tail.means(hidden[some], listed)
-                d_hidden[some] -= means.mul_(d_logit[some].sum(1, keepdim=True))
+            if tail is not None:
+                tail.subtract_from(d_hidden, hidden, d_logit)
             rows = self.live.rows(part, alive)
             self.hidden[rows] = logits.call.shard.sum_(d_hidden).to(self.hidden.dtype)
         if self.weight is not None and part.start == 0 and self.sink.main_grad is None:

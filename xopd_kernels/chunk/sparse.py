@@ -207,6 +207,15 @@ class Tail(NamedTuple):
         row_bytes = more + self.weight.element_size() * (4 * len(self.weight))
         return max(1, TAIL_BYTES // (row_bytes + 2 * self.weight[0].nbytes))
 
+    def subtract_from(self, d_hidden: Tensor, hidden: Tensor, d_logit: Tensor) -> None:
+        """As `subtract`, of entries that stand in `d_logit` [rows, V] among zeros."""
+        step = self.rows_at_once()
+        for begin in range(0, len(hidden), step):
+            part = slice(begin, begin + step)
+            listed = d_logit[part, :: self.step] != 0
+            total = d_logit[part].sum(1, keepdim=True)
+            d_hidden[part] -= total * self.means(hidden[part], listed)
+
     def subtract(
         self, d_hidden: Tensor, hidden: Tensor, ids: Tensor, values: Tensor, is_entry: Tensor
     ) -> None:

@@ -29,9 +29,11 @@ from xopd_kernels import (
     linear_policy_loss,
     memory_plan,
 )
+from xopd_kernels.native_matmul import multiplies
 from xopd_kernels.testing import Inputs, Terms, assert_within_budget, make_inputs, make_terms
 
 SHAPE = (37, 53, 11)  # N, V, D; neither 2 nor 4 divide V
+EVEN_DIM = 12  # whole pairs: bf16 products of NATIVE
 WORLD_SIZE = 4
 SPLITS = {2: (20, 33), 4: (20, 5, 1, 27)}  # classes of each rank of a group: uneven
 VALUES = ("logprob", "lse", "entropy", "loss", "logprob", "lse", "advantage", "ratio", "clipped")
@@ -46,12 +48,14 @@ class Setting(NamedTuple):
     backend: Backend
     budget: int  # memory_budget_bytes
 
-    def several_chunks(self, dtype: torch.dtype) -> "Setting":
+    def several_chunks(self, dtype: torch.dtype, dim: int) -> "Setting":
         """With a budget that makes several chunks of the rows; checked for the widest shard."""
         wide = dtype == torch.float64
         budget = {Backend.TRITON: 6144, Backend.NATIVE: 4096}.get(self.backend, 8192 << wide)
+        if self.backend is Backend.NATIVE and multiplies(dtype, dim):
+            budget = 20_000  # packed in whole blocks
         widest = max(SPLITS[dist.get_world_size(self.group)])
-        work = Workload(Operator.POLICY_LOSS, SHAPE[0], widest, SHAPE[2], dtype)
+        work = Workload(Operator.POLICY_LOSS, SHAPE[0], widest, dim, dtype)
         assert 1 < memory_plan(work, self.backend, budget).chunk_rows < SHAPE[0]
         return self._replace(budget=budget)
 
@@ -105,10 +109,10 @@ def own_results(whole: list[Tensor], classes: slice) -> list[Tensor]:
     return [*values, *cut]
 
 
-def check_operators(dtype: torch.dtype, setting: Setting) -> None:
+def check_operators(dtype: torch.dtype, setting: Setting, dim: int = SHAPE[2]) -> None:
     """Sharded against whole: to the last digits in fp64, else within the error budget."""
-    setting, classes = setting.several_chunks(dtype), setting.classes()
-    inputs = make_inputs(*SHAPE, dtype)
+    setting, classes = setting.several_chunks(dtype, dim), setting.classes()
+    inputs = make_inputs(*SHAPE[:2], dim, dtype)
     terms = make_terms(linear_logprob(*inputs[:2], inputs.target).logprob)
     actual = compute(own_part(inputs, classes), terms, setting)
     whole = own_results(compute(inputs, terms, setting._replace(group=None)), classes)
@@ -211,6 +215,8 @@ def run_rank(rank: int, port: int, backend: Backend) -> None:
         is_narrow = backend is not Backend.REFERENCE
         check_operators(torch.float32 if is_narrow else torch.float64, setting)
         check_operators(torch.bfloat16, setting)
+        if setting.backend is Backend.NATIVE:
+            check_operators(torch.bfloat16, setting, EVEN_DIM)
         check_targets(setting)
         if not is_narrow:
             check_dtensor(mesh)

@@ -79,6 +79,10 @@ def memory_plan(
     _check(work, backend, memory_budget_bytes)
     wanted, size = work.wanted, work.dtype.itemsize
     needs = Needs.of(work, backend, memory_budget_bytes)
+    if work.operator is Operator.LOGPROB and work.has_gradient and memory_budget_bytes is not None:
+        # As the forward pass, which does not know what gradients will be asked for.
+        every = work._replace(wanted=Wanted(hidden=True, weight=True, bias=True))
+        budget_of(Needs.of(every, backend, memory_budget_bytes), memory_budget_bytes)
     budget = budget_of(needs, memory_budget_bytes)
     if backend is Backend.NATIVE:
         return _native_plan(work, needs, budget)

@@ -13,6 +13,7 @@ from xopd_kernels import (
     Wanted,
     Workload,
     linear_divergence,
+    linear_logprob,
     linear_policy_loss,
     linear_topk_divergence,
     memory_plan,
@@ -99,3 +100,16 @@ def test_terms_of_ids_beside_logits_that_are_not_kept(dtype):
     assert peak(allocations(lambda: call(backend=Backend.NATIVE))) <= (
         memory_plan(work, Backend.NATIVE).peak_bytes
     )
+
+
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.NATIVE])
+def test_a_plan_refuses_what_the_call_refuses(backend):
+    """A frozen hidden: a log-prob's forward pass does not know what gradients will be asked for."""
+    hidden, weight = torch.randn(16, 256), torch.randn(64, 256, requires_grad=True)
+    target = torch.zeros(16, dtype=torch.int64)
+    work = Workload.of(Operator.LOGPROB, hidden, weight, Wanted(False, True, False))
+    least = least_budget(work, backend)
+    call = functools.partial(linear_logprob, hidden, weight, target, backend=backend)
+    with pytest.raises(ValueError, match=f"at least {least} "):
+        call(memory_budget_bytes=least - 1)
+    call(memory_budget_bytes=least).logprob.sum().backward()

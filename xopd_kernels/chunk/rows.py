@@ -55,10 +55,10 @@ class AheadOfTime(NamedTuple):
         and the logits are computed again.
         """
         d_hidden, d_weight, d_bias = self.gradients
-        factor = self._common_factor(upstream)
-        if factor is None and self._has_rows_alone:
+        if self._has_rows_alone:
             scaled = _scale_rows_(d_hidden.clone(), self._live(upstream))
             return scaled, d_weight.clone(), d_bias.clone()
+        factor = self._common_factor(upstream)
         if factor is None:
             live = self._live(upstream)
             return self.recompute(live if self.token_weight is None else live * self.token_weight)
@@ -66,10 +66,10 @@ class AheadOfTime(NamedTuple):
 
     def scaled_in_place(self, upstream: Tensor) -> Triple:
         """As `scaled`, over the gradients themselves: a copy of d_weight is gigabytes."""
-        factor = self._common_factor(upstream)
-        if factor is None and self._has_rows_alone:
+        if self._has_rows_alone:
             _scale_rows_(self.gradients[0], self._live(upstream))
             return self.gradients
+        factor = self._common_factor(upstream)
         if factor is None:
             return self.scaled(upstream)
         if factor.device.type != "cpu" or factor.item() != 1.0:

@@ -49,6 +49,7 @@ def forward_sparse(
         _keep(call, listed, choice, out_rows, entries)
         dropped[part] = choice.dropped_mass.float()
         error = torch.maximum(error, choice.error)
+        del chunk, listed
     entropy = live.spread(rows[2]) if needs_entropy else rows[2].new_empty(0)
     result = LinearLogprob(live.spread(rows[0]), live.spread(rows[1]), entropy)
     reached = gradient_error(error, torch.ones_like(error), sparsity)
@@ -115,6 +116,7 @@ def backward_sparse(
         write = write_softmax_gradient(softmax.model, chunk, None, terms)
         is_last = chunk.part.stop == dense.live
         gradient.add(chunk, None, write, of_entries.add_to(gradient) if is_last else None)
+        del chunk, write
     return gradient.result()
 
 

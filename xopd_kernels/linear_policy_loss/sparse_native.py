@@ -64,6 +64,7 @@ def forward_sparse(
         )
         dropped[part] = choice.dropped_mass.float()
         error, norm = error + choice.error, norm + choice.norm
+        del chunk, listed
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
     return result, gradient.result(), live.spread(dropped), gradient_error(error, norm, sparsity)
 

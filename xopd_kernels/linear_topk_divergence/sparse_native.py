@@ -54,6 +54,7 @@ def forward_sparse(
         dense = _DenseRows(model, chunk, row_terms)
         sums.add(chunk, listed.lists.entries, choice, dense.write)
         error, norm = error + choice.error, norm + choice.norm
+        del chunk, listed, dense
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     reached = gradient_error(error, norm, sparsity)
     return result, gradient.result(), live.spread(dropped), reached

@@ -104,8 +104,11 @@ class Needs:
         scratch += dim * size * (work.dtype != torch.float32)  # d_hidden rounded
         scratch += work.teacher_dim * _factor_bytes(work.teacher_or_own_dtype, work.teacher_dim)
         scratch += copies * dim * _factor_bytes(work.dtype, dim)
-        whole, fixed = native_matmul.whole, 0
+        # The bias, if there is one: upcast for a tile of both models, or for all tiles of a call.
+        whole, fixed = native_matmul.whole, 8 * tile
         packs_teacher = native_matmul.multiplies(work.teacher_or_own_dtype, work.teacher_dim)
+        if packs:
+            fixed += 4 * tiles_of_call(work.vocab_size) * NATIVE_TILE_CLASSES
         for width in (dim * packs, work.teacher_dim * packs_teacher):
             # Packed, and the sums of tiles: in whole blocks of rows.
             tiles = tiles_of_call(work.vocab_size) * (width > 0)

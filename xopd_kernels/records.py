@@ -119,6 +119,7 @@ class Entries(NamedTuple):
     # s = d(logit) / d(linear output) of the class (scale, temperature, softcap); 0 where padded.
     derivative: Tensor
     is_dense: Tensor  # [N] bool: the row has no list (all -1), its logits are computed again
+    dropped_mass: Tensor  # [N] fp32 probability of the classes left out; 0 where dense
 
 
 class SparsePolicyLoss(NamedTuple):

@@ -78,18 +78,22 @@ void add_entries(const xopd_matrix& matrix, const int32_t* index, const float* v
 
 bool is_dtype(int64_t dtype) { return dtype >= XOPD_FLOAT32 && dtype <= XOPD_FLOAT16; }
 
-// Whether the lists of all rows hold classes of the vocabulary.
+// Whether the list of a row holds classes of the vocabulary.
+bool fits(const xopd_entries& entries, int64_t row) {
+  const int64_t count = entries.count[row];
+  if (count < 0 || count > entries.row_stride) return false;
+  const int32_t* ids = entries.ids + row * entries.row_stride;
+  int32_t least = 0, most = -1;
+  for (int64_t k = 0; k < count; ++k) {
+    least = std::min(least, ids[k]);
+    most = std::max(most, ids[k]);
+  }
+  return least >= 0 && most < entries.classes;
+}
+
 bool fits(const xopd_entries& entries) {
   for (int64_t row = 0; row < entries.rows; ++row) {
-    const int64_t count = entries.count[row];
-    if (count < 0 || count > entries.row_stride) return false;
-    const int32_t* ids = entries.ids + row * entries.row_stride;
-    int32_t least = 0, most = -1;
-    for (int64_t k = 0; k < count; ++k) {
-      least = std::min(least, ids[k]);
-      most = std::max(most, ids[k]);
-    }
-    if (least < 0 || most >= entries.classes) return false;
+    if (!fits(entries, row)) return false;
   }
   return true;
 }
@@ -229,12 +233,12 @@ int32_t xopd_compact_entries(const xopd_compact* call, xopd_parallel_for* parall
 }
 
 int32_t xopd_gather_entries(const xopd_gather* call, xopd_parallel_for* parallel) {
-  if (!xopd::is_dtype(call->weight.dtype) || !xopd::fits(call->entries)) {
-    return XOPD_ENTRY_OUT_OF_RANGE;
-  }
+  if (!xopd::is_dtype(call->weight.dtype)) return XOPD_ENTRY_OUT_OF_RANGE;
+  // These lists alone: a caller asks for a few of them at a time.
   for (int64_t row = 0; row < call->rows; ++row) {
     const int64_t source = call->row_of[row];
     if (source < 0 || source >= call->entries.rows) return XOPD_ROW_OUT_OF_RANGE;
+    if (!xopd::fits(call->entries, source)) return XOPD_ENTRY_OUT_OF_RANGE;
   }
   // A row is about 32 entries: enough for a thread of its own.
   return xopd::for_rows(parallel, call->rows, call->dim * 32,

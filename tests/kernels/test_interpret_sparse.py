@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.kernels.sparse_cases import Kind, Problem, assert_bound, logit_gradient
+from tests.kernels.test_sparse_tail import OPERATORS
+from tests.kernels.test_sparse_tail import Problem as SharedRows
 from xopd_kernels import (
     Backend,
     linear_logprob,
@@ -100,6 +102,33 @@ def test_logprob_bound(kind, max_error, monkeypatch):
     row_error, row_norm = (actual - exact).abs().sum(1), exact.abs().sum(1)
     noise = 5e-7 * problem.advantage.abs()
     assert (row_error <= (out.gradient_error + 4e-6) * row_norm + noise).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda x: x.value)
+def test_what_unlikely_classes_share_is_not_lost(operator, softcap):
+    problem = SharedRows("by each eighth", rows=16)
+    exact = problem.d_hidden(operator, softcap=softcap, **REFERENCE)
+    sparse = problem.d_hidden(operator, softcap=softcap, **SPARSE, **TRITON)
+    assert 1e-3 < (sparse - exact).norm() / exact.norm() < 0.04
+
+
+@pytest.mark.parametrize("height", [14.0, 18.0, 22.0, 30.0])
+def test_the_target_of_a_sure_token(height):
+    """Its log-prob is 0 in fp32; its entry is the sum of the others all the same."""
+    rest = 63 / torch.tensor(height, dtype=torch.float64).exp()
+    rest = rest / (1 + rest)
+    expected = (rest / 63).float().repeat(64, 4)
+    expected[5] = -rest.float()
+    weight, target = torch.zeros(64, 4), torch.full((4,), 5)
+    weight[5] = height
+    weight.requires_grad_()
+    options = {"gradient": "sparse", "max_gradient_error": 0.01, **TRITON}
+    out = linear_policy_loss(torch.eye(4), weight, target, advantage=torch.ones(4), **options)
+    rows = linear_logprob(torch.eye(4), weight, target, **options)
+    for loss in (out.loss, -rows.logprob.sum()):
+        (actual,) = torch.autograd.grad(loss, weight)
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize(("beta", "tail"), [(0.0, "ignore"), (1.0, "bucket"), (0.4, "bucket")])

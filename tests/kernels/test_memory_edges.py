@@ -113,3 +113,32 @@ def test_a_plan_refuses_what_the_call_refuses(backend):
     with pytest.raises(ValueError, match=f"at least {least} "):
         call(memory_budget_bytes=least - 1)
     call(memory_budget_bytes=least).logprob.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wanted", [Wanted(True, True, True), Wanted(False, False, True)], ids=str)
+@pytest.mark.parametrize("vocab_size", [2000, 40_000])
+@pytest.mark.parametrize("operator", [Operator.POLICY_LOSS, Operator.DIVERGENCE])
+def test_a_bias_of_two_bytes_is_in_the_plan(operator, vocab_size, wanted, dtype):
+    """It is upcast for all tiles that a call of the kernels goes through."""
+    rows, dim = 64, 32
+    leaves = [torch.randn(*shape).to(dtype) for shape in ((rows, dim), (vocab_size, dim))]
+    leaves.append(torch.randn(vocab_size).to(dtype))
+    hidden, weight, bias = (x.requires_grad_(y) for x, y in zip(leaves, wanted, strict=True))
+    is_divergence = operator is Operator.DIVERGENCE
+    work = Workload.of(operator, hidden, weight, wanted)
+    work = work._replace(teacher_dim=dim * is_divergence)
+    budget = least_budget(work, Backend.NATIVE)
+    teacher = [-x.detach() for x in leaves]
+
+    def run():
+        options = {"bias": bias, "memory_budget_bytes": budget, "backend": Backend.NATIVE}
+        if is_divergence:
+            options["teacher_bias"] = teacher[2]
+            loss = linear_divergence(hidden, weight, *teacher[:2], **options).divergence.sum()
+        else:
+            target, options["advantage"] = torch.arange(rows), torch.ones(rows)
+            loss = linear_policy_loss(hidden, weight, target, **options).loss
+        return torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])
+
+    assert peak(allocations(run)) <= memory_plan(work, Backend.NATIVE, budget).peak_bytes

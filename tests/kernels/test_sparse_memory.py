@@ -119,3 +119,27 @@ def test_without_a_gradient_there_are_no_lists():
 def test_the_length_of_a_list(vocab_size, rows, length):
     work = Workload(Operator.POLICY_LOSS, rows, vocab_size, 8, torch.bfloat16, is_sparse=True)
     assert work.list_length(rows) == length
+
+
+@pytest.mark.parametrize("ignored", [0, 1])
+@BACKENDS
+def test_long_lists_of_log_probs(backend, ignored):
+    """One ignored row, and the lists of a chunk are a copy: not all of a chunk's at a time."""
+    rows, classes = 1740, 32_000
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(rows, 4, generator=rng), torch.randn(classes, 4, generator=rng)
+    # As many classes as a list has hold all of the mass.
+    hidden[:, 0], weight[:, 0] = 1.0, 9.0 * (torch.rand(classes, generator=rng) < 1 / 32)
+    target = torch.randint(classes, (rows,), generator=rng)
+    target[:ignored] = -100
+    leaves = (hidden.requires_grad_(), weight.requires_grad_())
+    work = Workload.of(Operator.LOGPROB, *leaves, Wanted(True, True, False))
+    plan = memory_plan(work._replace(is_sparse=True), backend, 400 * MIB)
+    given = {"gradient": "sparse", "max_gradient_error": 0.3, "memory_budget_bytes": 400 * MIB}
+
+    def call():
+        out = linear_logprob(*leaves, target, backend=backend, **given)
+        assert out.dropped_mass.count_nonzero() > 0.8 * rows
+        return torch.autograd.grad(out.logprob.sum(), leaves)
+
+    assert peak(allocations(call)) <= plan.peak_bytes

@@ -29,6 +29,7 @@ from xopd_kernels import (
     linear_policy_loss,
     memory_plan,
 )
+from xopd_kernels.memory import Panel
 from xopd_kernels.native_matmul import multiplies
 from xopd_kernels.testing import Inputs, Terms, assert_within_budget, make_inputs, make_terms
 
@@ -36,6 +37,8 @@ SHAPE = (37, 53, 11)  # N, V, D; neither 2 nor 4 divide V
 EVEN_DIM = 12  # whole pairs: bf16 products of NATIVE
 WORLD_SIZE = 4
 SPLITS = {2: (20, 33), 4: (20, 5, 1, 27)}  # classes of each rank of a group: uneven
+KEPT_SPLITS = {2: (2000, 333), 4: (700, 2000, 1, 333)}
+KEPT_BUDGET = 1_900_000  # holds 128 rows at a time, and fewer beside their logits
 VALUES = ("logprob", "lse", "entropy", "loss", "logprob", "lse", "advantage", "ratio", "clipped")
 LEAVES = ("hidden", "weight", "bias")
 DEAD_ROWS = slice(5, 15)  # no advantage: left out of the two GEMMs of the gradient
@@ -132,6 +135,33 @@ def check_operators(dtype: torch.dtype, setting: Setting, dim: int = SHAPE[2]) -
             assert_within_budget(name, value, baseline, truth)
 
 
+def check_kept_gradient(setting: Setting) -> None:
+    """bf16 products of NATIVE whose d_logit waits in d_weight for its GEMM: `chunk.native_kept`."""
+    (rows, dim), sizes = (190, 256), KEPT_SPLITS[dist.get_world_size(setting.group)]
+    work = Workload(Operator.POLICY_LOSS, rows, max(sizes), dim, torch.bfloat16)
+    assert Panel.of(work, KEPT_BUDGET).is_kept(rows)
+    rank = dist.get_rank(setting.group)
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    rng = torch.Generator().manual_seed(0)
+    hidden = torch.randn(rows, dim, generator=rng).bfloat16()
+    weight = (torch.randn(sum(sizes), dim, generator=rng) / 8).bfloat16()
+    target = torch.randint(sum(sizes), (rows,), generator=rng)
+    advantage = torch.randn(rows, generator=rng)
+
+    def gradients(leaves: tuple[Tensor, ...], budget: int | None, **options) -> tuple[Tensor, ...]:
+        options = {"advantage": advantage, "memory_budget_bytes": budget, **options}
+        loss = linear_policy_loss(*leaves, target, **options).loss
+        return torch.autograd.grad(loss, leaves)
+
+    leaves = tuple(x.clone().requires_grad_() for x in (hidden, weight[own]))
+    options = {"backend": Backend.NATIVE, "vocab_group": setting.group}
+    actual = gradients(leaves, KEPT_BUDGET, **options)
+    leaves = tuple(x.double().requires_grad_() for x in (hidden, weight))
+    d_hidden, d_weight = gradients(leaves, None, backend=Backend.REFERENCE)
+    for name, found, true in zip(LEAVES, actual, (d_hidden, d_weight[own]), strict=False):
+        assert (found.double() - true).norm() < 4e-3 * true.norm(), name  # roundings to bf16
+
+
 def check_targets(setting: Setting) -> None:
     """Ignored rows alone give zeros; a target out of range raises on every rank."""
     inputs = own_part(make_inputs(*SHAPE, torch.float32), setting.classes())
@@ -217,6 +247,8 @@ def run_rank(rank: int, port: int, backend: Backend) -> None:
         check_operators(torch.bfloat16, setting)
         if setting.backend is Backend.NATIVE:
             check_operators(torch.bfloat16, setting, EVEN_DIM)
+            if multiplies(torch.bfloat16, EVEN_DIM):
+                check_kept_gradient(setting)
         check_targets(setting)
         if not is_narrow:
             check_dtensor(mesh)

@@ -320,6 +320,17 @@ def test_a_nan_entry_reaches_its_row_and_class_alone() -> None:
     assert d_weight.isnan().all(1).tolist() == [False, True, False, False]
 
 
+def test_gather_checks_the_lists_that_it_reads() -> None:
+    """A caller asks for a few lists of many: the others cost nothing."""
+    ids = torch.tensor([[3], [4], [-1]]).int()
+    entries, out = Listed(ids, torch.ones(3, 1), torch.ones(3).long()), torch.zeros(1, 5)
+    gather(entries, 4, torch.tensor([0]), torch.ones(4, 5), 0, out)
+    assert out.eq(1.0).all()
+    for wrong in (1, 2, 3, -1):  # a class too large, a negative one, no such list
+        with pytest.raises(ValueError, match="out of range"):
+            gather(entries, 4, torch.tensor([wrong]), torch.ones(4, 5), 0, out)
+
+
 def test_compact_keeps_entries_and_places() -> None:
     ids = torch.tensor([[2, 5, 7, 9], [1, 3, 4, -1], [0, -1, -1, -1]]).int()
     values = torch.tensor([[0.0, 2.0, 0.0, 3.0], [4.0, 0.0, 0.0, 0.0], [0.0] * 4])

@@ -208,18 +208,23 @@ class SparseSum(NamedTuple):
     tail: Tail | None  # where d_hidden is wanted
 
     @classmethod
-    def of(cls, gradient: GradientSum, hidden: Tensor) -> "SparseSum":
-        """For all chunks of a call."""
-        call, is_wanted = gradient.call, gradient.hidden is not None
-        return cls(gradient, hidden, Tail.of(call.head, call.dtype) if is_wanted else None)
+    def of(cls, gradient: GradientSum, hidden: Tensor, has_tail: bool = True) -> "SparseSum":
+        """For all chunks of a call; no tail: nothing is left out unseen."""
+        call, has_tail = gradient.call, has_tail and gradient.hidden is not None
+        return cls(gradient, hidden, Tail.of(call.head, call.dtype) if has_tail else None)
 
-    def add(self, chunk: Chunk, lists: Listed, choice: Choice, dense: DenseRows) -> None:
-        """Add a chunk: the entries of its sparse rows, and what `dense` writes of the others."""
+    def add(
+        self, chunk: Chunk, lists: Listed, choice: Choice, missing: Tensor, dense: DenseRows
+    ) -> None:
+        """Add a chunk: the entries of its sparse rows, and what `dense` writes of the others.
+
+        `missing` [rows]: what the sparse rows lack, see `Tail`; of others it is not read.
+        """
         sums = self.gradient
         rows = choice.is_sparse.nonzero().squeeze(1)
         out_rows = sums.live.rows(chunk.part, rows)
         assert isinstance(out_rows, Tensor)
-        self.add_hidden(lists, rows, out_rows)
+        self.add_hidden(lists, missing, rows, out_rows)
         entries = EntrySum.of(sums, lists, sums.live.chunk(self.hidden, chunk.part))
         dense_rows = (~(choice.is_sparse | choice.is_whole)).nonzero().squeeze(1)
         if len(dense_rows) == 0:
@@ -231,8 +236,11 @@ class SparseSum(NamedTuple):
         alive = None if len(dense_rows) == len(chunk.hidden) else dense_rows
         sums.add(chunk, alive, dense(alive), entries.add_to(sums))
 
-    def add_hidden(self, lists: Listed, rows: Tensor, out_rows: Tensor) -> None:
-        """Write the rows of d_hidden of the lists `rows` [n] int64 to its rows `out_rows`."""
+    def add_hidden(self, lists: Listed, missing: Tensor, rows: Tensor, out_rows: Tensor) -> None:
+        """Write the rows of d_hidden of the lists `rows` [n] int64 to its rows `out_rows`.
+
+        `missing`: of all lists.
+        """
         sums = self.gradient
         if sums.hidden is None or len(rows) == 0:
             return
@@ -243,9 +251,9 @@ class SparseSum(NamedTuple):
             places = out_rows[begin : begin + step]
             if self.tail is not None:
                 slot = torch.arange(lists.values.shape[1])
-                is_entry = slot < lists.counts[part, None]
-                given = (lists.ids[part], lists.values[part], is_entry)
-                self.tail.subtract(out, self.hidden[places], *given)
+                is_entry = (slot < lists.counts[part, None]) & (lists.values[part] != 0)
+                given = (lists.ids[part], is_entry, missing[part].float())
+                self.tail.add_to(out, self.hidden[places], *given)
             sums.hidden[places] = out.to(sums.hidden.dtype)
 
     def _gathered(self, lists: Listed, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from xopd_kernels.chunk.call import Call
-from xopd_kernels.chunk.sparse import Tail
+from xopd_kernels.chunk.sparse import Missing
 from xopd_kernels.needs import FILLED_CLASSES, FILLED_ROWS
 from xopd_kernels.records import GradientSink, HeadGradient
 from xopd_kernels.shard import VocabShard
@@ -279,12 +279,12 @@ class GradientSum(NamedTuple):
         hidden: Tensor,
         d_logit: Tensor,
         alive: Tensor | None,
-        tail: Tail | None = None,
+        missing: Missing | None = None,
     ) -> None:
         """Add a chunk; `d_logit` [rows, V] is scaled in place to d(linear output).
 
-        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`. `tail`:
-        of a sparse gradient, whose classes left out are 0.
+        `hidden` [chunk, D] are all rows of the chunk, `d_logit` those of `alive`. `missing`: of
+        all rows of a sparse gradient, whose classes left out are 0.
         """
         logits = self.logits
         if logits.slope is not None:
@@ -297,8 +297,8 @@ class GradientSum(NamedTuple):
             d_hidden = torch.zeros_like(hidden)
             for classes, tile in logits.weight_tiles():
                 add_product_(d_hidden, d_logit[:, classes], tile)
-            if tail is not None:
-                tail.subtract_from(d_hidden, hidden, d_logit)
+            if missing is not None:
+                missing.take(alive).add_to(d_hidden, hidden, d_logit)
             rows = self.live.rows(part, alive)
             self.hidden[rows] = logits.call.shard.sum_(d_hidden).to(self.hidden.dtype)
         if self.weight is not None and part.start == 0 and self.sink.main_grad is None:

@@ -19,6 +19,7 @@ WHOLE_SHARE, OUTSIDE_SHARE, SPARED_SHARE = 1 / 16, 14 / 16, 1 / 16  # of the all
 LADDER_STEPS = 16  # thresholds for the entries of a list, each twice the one before
 LADDER_BASE = 2.0**-13  # the lowest, of what a row may lose: it fits for lists of 8192 classes
 LEAST_SCALE = 2.0**-100  # of a row that is listed: products below it lose their digits
+_TAIL_COPY = 64  # rows of the weight that are copied at a time
 _UNIT_BITS = 40  # sums that decide are of integers in units of allowance * 2^-40
 
 
@@ -159,35 +160,45 @@ def bound_in_fp32(max_error: float) -> float:
 
 
 class Tail(NamedTuple):
-    """Evenly spaced classes that stand for all that the rows of a sparse gradient leave out.
+    """Some classes that stand for all that the rows of a sparse gradient leave out.
 
-    ``sum_v dz_v = 0``, so that a row of d_hidden is ``sum_v dz_v (W_v - u)`` with any u: what the
-    rows of the weight W have in common cancels. In the sum over the entries that are left it does
-    not, unless u is near the mean of the rows that are left out, weighted with their
-    probabilities. For row i, u_i is that mean over about `TAIL_CLASSES` of them. The row of
-    d_hidden is then off by at most ``||dz_i - dz'_i||_1 max_v ||W_v - u_i||``.
+    A row of d_hidden is ``sum_v dz_v s_v W_v`` with the slopes s = d(logit)/d(linear output) and
+    the rows W_v of the weight. The classes left out are unlikely, but what their rows of W have in
+    common adds up: ``dz_v = f p_v`` has one sign. In its place comes ``sum dz_v`` over them, which
+    is known, times u_i, their mean of ``s_v W_v`` weighted with p, over those of about
+    `TAIL_CLASSES` that row i leaves out. The row of d_hidden is then off by at most
+    ``||dz_i - dz'_i||_1 max_v ||s_v W_v - u_i||``. A class that is drawn for those left out
+    ("unbiased") has their sum already.
     """
 
-    step: int  # each so many-th class is one of them
+    step: int  # of so many classes each time one
+    classes: Tensor  # [S] int64, ascending: a vocabulary with a period fools an even spacing
     weight: Tensor  # [S, D] their rows of the weight, in the dtype of the arithmetic
     bias: Tensor | None  # [S]
-    scale: float
+    head: Head
 
     @classmethod
-    def of(cls, head: Head, dtype: torch.dtype) -> "Tail | None":
-        """None with a softcap: its slopes differ, and the sum is not 0."""
-        if head.softcap is not None:
-            return None
-        step = -(-len(head.weight) // TAIL_CLASSES)
-        bias = None if head.bias is None else head.bias[::step].to(dtype)
-        return cls(step, head.weight[::step].to(dtype).contiguous(), bias, head.scale_and_cap[0])
+    def of(cls, head: Head, dtype: torch.dtype) -> "Tail":
+        """The classes are the same for any head of as many."""
+        count, device = len(head.weight), head.weight.device
+        step = -(-count // TAIL_CLASSES)
+        first = torch.arange(0, count, step, device=device)
+        width = (count - first).clamp(max=step)
+        classes = first + (row_uniform(0, first) * width).long()
+        weight = head.weight.new_empty(len(first), head.weight.shape[1], dtype=dtype)
+        for begin in range(0, len(first), _TAIL_COPY):  # indexing makes a copy of its own
+            part = slice(begin, begin + _TAIL_COPY)
+            weight[part] = head.weight[classes[part]]
+        bias = None if head.bias is None else head.bias[classes].to(dtype)
+        return cls(step, classes, weight, bias, head)
 
     def listed(self, ids: Tensor, is_entry: Tensor) -> Tensor:
         """[rows, S] bool: which of them are entries: `ids` [rows, K] where `is_entry` [rows, K]."""
-        count = len(self.weight)
-        place = torch.where(is_entry & (ids % self.step == 0), ids // self.step, count)
+        count = len(self.classes)
+        place = (ids // self.step).long().clamp_(0, count - 1)
+        place = torch.where(is_entry & (self.classes[place] == ids), place, count)
         found = ids.new_zeros(len(ids), count + 1, dtype=torch.bool)
-        return found.scatter_(1, place.long(), True)[:, :count]
+        return found.scatter_(1, place, True)[:, :count]
 
     def means(self, hidden: Tensor, listed: Tensor) -> Tensor:
         """u [rows, D] for `hidden` [rows, D], over the classes that are not `listed` [rows, S]."""
@@ -196,40 +207,57 @@ class Tail(NamedTuple):
         torch.mm(hidden.to(self.weight.dtype), self.weight.t(), out=z)
         if self.bias is not None:
             z += self.bias
-        share = z.mul_(self.scale).masked_fill_(listed, -torch.inf).softmax(1)
+        scale, cap = self.head.scale_and_cap
+        z.mul_(scale)
+        slope = None
+        if cap is not None:
+            slope = z.tanh_().square().neg_().add_(1.0)
+            z.mul_(cap)
+        share = z.masked_fill_(listed, -torch.inf).softmax(1)
         # Where all of them are entries, or a logit is not finite: any u is right.
-        share = share.nan_to_num_(1 / len(self.weight))
+        share = share.nan_to_num_(1 / len(self.weight)).mul_(self.head.slope)
+        if slope is not None:
+            share.mul_(slope.nan_to_num_(0.0))
         means = self.weight.new_empty(hidden.shape)
         return torch.mm(share, self.weight, out=means)
 
     def rows_at_once(self, more: int = 0) -> int:
         """Rows for which `means`, and `more` bytes of each row, take TAIL_BYTES."""
-        row_bytes = more + self.weight.element_size() * (4 * len(self.weight))
+        row_bytes = more + self.weight.element_size() * (5 * len(self.weight))
         return max(1, TAIL_BYTES // (row_bytes + 2 * self.weight[0].nbytes))
 
-    def subtract_from(self, d_hidden: Tensor, hidden: Tensor, d_logit: Tensor) -> None:
-        """As `subtract`, of entries that stand in `d_logit` [rows, V] among zeros."""
-        step = self.rows_at_once()
-        for begin in range(0, len(hidden), step):
-            part = slice(begin, begin + step)
-            listed = d_logit[part, :: self.step] != 0
-            total = d_logit[part].sum(1, keepdim=True)
-            d_hidden[part] -= total * self.means(hidden[part], listed)
-
-    def subtract(
-        self, d_hidden: Tensor, hidden: Tensor, ids: Tensor, values: Tensor, is_entry: Tensor
+    def add_to(
+        self, d_hidden: Tensor, hidden: Tensor, ids: Tensor, is_entry: Tensor, missing: Tensor
     ) -> None:
-        """Take ``u_i sum_k values_ik`` off `d_hidden` [rows, D], some rows at a time.
+        """Add ``missing_i u_i`` to `d_hidden` [rows, D], some rows at a time.
 
-        `hidden` [rows, D]; `values` [rows, K] of the classes `ids`, where `is_entry`.
+        `hidden` [rows, D]; the classes `ids` [rows, K] are entries where `is_entry`; `missing`
+        [rows]: the sum of dz over all others.
         """
-        step = self.rows_at_once(16 * ids.shape[1])
+        step = self.rows_at_once(28 * ids.shape[1])
         for begin in range(0, len(hidden), step):
             part = slice(begin, begin + step)
-            entries = values[part].where(is_entry[part], 0.0)
-            listed = self.listed(ids[part], entries != 0)
-            total = entries.sum(1, keepdim=True)
-            d_hidden[part] -= total * self.means(hidden[part], listed)
+            listed = self.listed(ids[part], is_entry[part])
+            d_hidden[part] += missing[part, None] * self.means(hidden[part], listed)
+
+
+class Missing(NamedTuple):
+    """What the rows of a chunk lack, of a gradient among zeros."""
+
+    tail: Tail
+    amount: Tensor  # [rows] sum of dz over the classes left out
+
+    def take(self, alive: Tensor | None) -> "Missing":
+        """Of the rows `alive`; all of them if None."""
+        return self if alive is None else Missing(self.tail, self.amount[alive])
+
+    def add_to(self, d_hidden: Tensor, hidden: Tensor, d_logit: Tensor) -> None:
+        """As `Tail.add_to`; the entries of `d_logit` [rows, V] are what is not 0."""
+        step = self.tail.rows_at_once()
+        for begin in range(0, len(hidden), step):
+            part = slice(begin, begin + step)
+            means = self.tail.means(hidden[part], d_logit[part, self.tail.classes] != 0)
+            d_hidden[part] += self.amount[part, None] * means
 
 
 def row_uniform(seed: int, rows: Tensor) -> Tensor:

@@ -250,24 +250,31 @@ class SparseSum(NamedTuple):
     tail: Tail | None  # where d_hidden is wanted
 
     @classmethod
-    def of(cls, pipeline: ChunkPipeline, hidden: Tensor, sink: GradientSink) -> "SparseSum":
-        """Buffers for what is wanted of `hidden` [N, D]."""
+    def of(
+        cls, pipeline: ChunkPipeline, hidden: Tensor, sink: GradientSink, has_tail: bool = True
+    ) -> "SparseSum":
+        """Buffers for what is wanted of `hidden` [N, D]; no tail: nothing is left out unseen."""
         total = sink.main_grad
         if total is None and pipeline.call.wanted.weight:
             total = pipeline.weight.new_zeros(pipeline.weight.shape, dtype=torch.float32)
         dense, call = GradientSum.of(pipeline, hidden, GradientSink(total)), pipeline.call
-        tail = Tail.of(call.head, call.dtype) if call.wanted.hidden else None
+        tail = Tail.of(call.head, call.dtype) if call.wanted.hidden and has_tail else None
         return cls(dense, total, sink, tail)
 
     def add(self, part: slice, hidden: Tensor, d_logit: Tensor, dense: Alive) -> None:
         """Add the dense rows of a chunk, as GradientSum.add."""
         self.dense.add(part, hidden, d_logit, dense)
 
-    def add_entries(self, hidden: Tensor, out_row: Tensor, lists: EntryLists) -> None:
-        """Add the entries of rows: `hidden` [rows, D], `out_row` [rows] their numbers among N."""
+    def add_entries(
+        self, hidden: Tensor, out_row: Tensor, lists: EntryLists, missing: Tensor
+    ) -> None:
+        """Add the entries of rows: `hidden` [rows, D], `out_row` [rows] their numbers among N.
+
+        `missing` [rows] fp32: what they lack, see `Tail`.
+        """
         with device_guard(hidden):
             if self.dense.hidden is not None:
-                self._set_hidden(self.dense.hidden, hidden, out_row, lists)
+                self._set_hidden(self.dense.hidden, hidden, out_row, lists, missing)
             if self.total is None and self.dense.bias is None:
                 return
             vocab_size = len(self.dense.pipeline.weight)
@@ -281,12 +288,15 @@ class SparseSum(NamedTuple):
                 ones = hidden.new_ones(len(hidden), 1)
                 _add_by_class(self.dense.bias[:, None], begin, place, lists.value, ones)
 
-    def _set_hidden(self, out: Tensor, hidden: Tensor, out_row: Tensor, lists: EntryLists) -> None:
+    def _set_hidden(
+        self, out: Tensor, hidden: Tensor, out_row: Tensor, lists: EntryLists, missing: Tensor
+    ) -> None:
         weight, (rows, slots) = self.dense.pipeline.weight, lists.ids.shape
         dim, tail = out.shape[1], None
         if self.tail is not None:
             tail = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-            self.tail.subtract(tail, hidden, lists.ids, lists.value, lists.is_entry)
+            is_entry = lists.is_entry & (lists.value != 0)
+            self.tail.add_to(tail, hidden, lists.ids, is_entry, missing)
         entry_hidden_kernel[(rows * triton.cdiv(dim, ENTRY_BLOCK_D),)](
             lists.ids,
             lists.value,

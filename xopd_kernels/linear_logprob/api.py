@@ -15,7 +15,7 @@ from xopd_kernels.inputs import (
 )
 from xopd_kernels.linear_logprob.op import linear_logprob_op
 from xopd_kernels.linear_logprob.sparse_op import linear_logprob_sparse_op
-from xopd_kernels.records import LinearLogprob, SparseLinearLogprob, Transform
+from xopd_kernels.records import Entries, LinearLogprob, SparseLinearLogprob, Transform
 from xopd_kernels.validation import check_index, check_sparsity
 
 
@@ -146,7 +146,7 @@ def linear_logprob(
     sparsity = check_sparsity(gradient, max_gradient_error, vocab_group=x.vocab_group)
     flat_target, has_gradient = prepare_target(target, hidden), any(wanted_gradients(*x[:3]))
     if sparsity is not None and sparsity.leaves_out and has_gradient:
-        logprob, lse, entropy, dropped, error, _, _, _ = linear_logprob_sparse_op(
+        logprob, lse, entropy, error, *entries = linear_logprob_sparse_op(
             *x[:3],
             flat_target,
             x.main_grad,
@@ -157,6 +157,7 @@ def linear_logprob(
             memory_budget_bytes,
             backend_name,
         )
+        dropped = Entries(*entries).dropped_mass
         rows = (logprob, lse.detach(), entropy.detach(), dropped.detach())
         shaped = _shaped(rows, x.shape, needs_entropy)
         return SparseLinearLogprob._make([*shaped, error.detach()])

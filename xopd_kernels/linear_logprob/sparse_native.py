@@ -23,17 +23,17 @@ from xopd_kernels.records import Entries, GradientSink, HeadGradient, LinearLogp
 
 def forward_sparse(
     call: Call, hidden: Tensor, target: Tensor, ignore_index: int, sparsity: Sparsity
-) -> tuple[LinearLogprob, Entries, Tensor, Tensor]:
-    """As `sparse_reference.forward_sparse`: [N] statistics, lists, dropped mass, and the error."""
+) -> tuple[LinearLogprob, Entries, Tensor]:
+    """As `sparse_reference.forward_sparse`: [N] statistics, lists, and the error."""
     live, needs_entropy = LiveRows.of(target != ignore_index), call.work.needs_entropy
     softmax = Softmax.of(call, target, live)
     rows = [hidden.new_empty(live.live, dtype=torch.float32) for _ in range(3)]
-    dropped = hidden.new_empty(live.live, dtype=torch.float32)
     length = call.work.list_length(len(hidden))
     entries = Entries(
         target.new_full((len(hidden), length), -1),
         hidden.new_zeros(len(hidden), length, dtype=torch.float32),
         torch.zeros_like(target, dtype=torch.bool),
+        hidden.new_zeros(len(hidden), dtype=torch.float32),
     )
     error = torch.zeros((), dtype=torch.float64)
     for chunk in chunks(call, hidden, live, None, keeps_logits=False):
@@ -47,13 +47,13 @@ def forward_sparse(
         out_rows = torch.arange(len(hidden))[live.rows(part, None)]
         entries.is_dense[out_rows] = ~choice.is_sparse
         _keep(call, listed, choice, out_rows, entries)
-        dropped[part] = choice.dropped_mass.float()
+        entries.dropped_mass[out_rows] = choice.dropped_mass.float()
         error = torch.maximum(error, choice.error)
         del chunk, listed
     entropy = live.spread(rows[2]) if needs_entropy else rows[2].new_empty(0)
     result = LinearLogprob(live.spread(rows[0]), live.spread(rows[1]), entropy)
     reached = gradient_error(error, torch.ones_like(error), sparsity)
-    return result, entries, live.spread(dropped), reached
+    return result, entries, reached
 
 
 def _choose(call: Call, listed: ListedRows, of_target: TargetStats, sparsity: Sparsity) -> Choice:
@@ -99,7 +99,8 @@ def backward_sparse(
     gradient = GradientSum.of(call, softmax.model, hidden, summed, sink)
     lists = _lists(entries, upstream.float())
     rows = (is_live & ~entries.is_dense).nonzero().squeeze(1)
-    SparseSum.of(gradient, hidden).add_hidden(lists, rows, rows)
+    missing = -upstream.float() * entries.dropped_mass
+    SparseSum.of(gradient, hidden).add_hidden(lists, missing, rows, rows)
     of_entries = EntrySum.of(gradient, lists, hidden)
     del lists
     if dense.live == 0:

@@ -52,7 +52,7 @@ def linear_logprob_sparse_op(
     memory_budget_bytes: int | None,
     backend: str,
 ) -> Results:
-    """(logprob, lse [N], entropy [N] or [0], dropped_mass [N], gradient_error [], Entries).
+    """(logprob, lse [N], entropy [N] or [0], gradient_error [], *Entries).
 
     `main_grad` [V, D] is only kept for the backward pass.
     """
@@ -70,9 +70,8 @@ def linear_logprob_sparse_op(
     else:
         from xopd_kernels.linear_logprob.sparse_reference import forward_sparse
     sparsity = Sparsity("sparse", max_gradient_error, 0)
-    found = forward_sparse(call, hidden, target, ignore_index, sparsity)
-    result, entries, dropped_mass, gradient_error = found
-    return (*result, dropped_mass, gradient_error, *entries)
+    result, entries, error = forward_sparse(call, hidden, target, ignore_index, sparsity)
+    return (*result, error, *entries)
 
 
 def _workload(hidden: Tensor, head: Head, wanted: Wanted) -> Workload:
@@ -103,11 +102,11 @@ def _(
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows, dtype=dtype),
         hidden.new_empty(rows if needs_entropy else 0, dtype=dtype),
-        hidden.new_empty(rows, dtype=torch.float32),
         hidden.new_empty((), dtype=torch.float32),
         target.new_empty(rows, length),
         hidden.new_empty(rows, length, dtype=dtype),
         target.new_empty(rows, dtype=torch.bool),
+        hidden.new_empty(rows, dtype=torch.float32),
     )
 
 
@@ -117,6 +116,7 @@ def linear_logprob_sparse_backward_op(
     ids: Tensor,
     derivative: Tensor,
     is_dense: Tensor,
+    dropped_mass: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -134,8 +134,8 @@ def linear_logprob_sparse_backward_op(
     """(d_hidden [N, D], d_weight [V, D], d_bias [V]); [0] for each that is not wanted."""
     head = Head(weight, bias, temperature, softcap, logit_scale, "")
     wanted = Wanted(wants_hidden, wants_weight, wants_bias)
-    entries, options = Entries(ids, derivative, is_dense), (memory_budget_bytes, backend)
-    tensors = (hidden, target, d_logprob)
+    entries = Entries(ids, derivative, is_dense, dropped_mass)
+    tensors, options = (hidden, target, d_logprob), (memory_budget_bytes, backend)
     return _run_backward(head, tensors, entries, ignore_index, options, wanted, GradientSink())
 
 
@@ -170,6 +170,7 @@ def _(
     ids: Tensor,
     derivative: Tensor,
     is_dense: Tensor,
+    dropped_mass: Tensor,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -190,7 +191,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
     hidden, weight, bias, target, main_grad, *scalars = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, target, *output[5:])
+    ctx.save_for_backward(hidden, weight, bias, target, *output[4:])
     # Not saved: others add to it between forward and backward, which is no error.
     ctx.main_grad = main_grad
     ctx.scalars = scalars

@@ -6,26 +6,26 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.reference import ChunkSoftmax, ChunkStats, GradientSum, LiveRows
 from xopd_kernels.chunk.reference_sparse import Lists
-from xopd_kernels.chunk.sparse import Choice, Tail, choose_row_entries, gradient_error
+from xopd_kernels.chunk.sparse import Choice, Missing, Tail, choose_row_entries, gradient_error
 from xopd_kernels.records import Entries, GradientSink, HeadGradient, LinearLogprob, Sparsity
 
 
 def forward_sparse(
     call: Call, hidden: Tensor, target: Tensor, ignore_index: int, sparsity: Sparsity
-) -> tuple[LinearLogprob, Entries, Tensor, Tensor]:
-    """The statistics of each row, its list, the dropped mass [N] fp32 and the error [] fp32.
+) -> tuple[LinearLogprob, Entries, Tensor]:
+    """The statistics of each row, its list, and the error [] fp32.
 
     The list of a row holds at most ``call.work.list_length(N)`` classes, the target among them.
     """
     live, needs_entropy = LiveRows.of(target != ignore_index), call.work.needs_entropy
     softmax = ChunkSoftmax.of(call, target, live)
     rows = [hidden.new_empty(live.live, dtype=call.dtype) for _ in range(3)]
-    dropped = hidden.new_empty(live.live, dtype=torch.float32)
     length = call.work.list_length(len(hidden))
     entries = Entries(
         target.new_full((len(hidden), length), -1),
         hidden.new_zeros(len(hidden), length, dtype=call.dtype),
         torch.zeros_like(target, dtype=torch.bool),
+        hidden.new_zeros(len(hidden), dtype=torch.float32),
     )
     error = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part in live.parts(call.step):
@@ -34,12 +34,11 @@ def forward_sparse(
         if needs_entropy:
             rows[2][part] = stats.entropy
         choice = _fill_entries(softmax, stats, entries, live.rows(part, None), sparsity)
-        dropped[part] = choice.dropped_mass.float()
         error = torch.maximum(error, choice.error)
     entropy = live.spread(rows[2]) if needs_entropy else rows[2].new_empty(0)
     result = LinearLogprob(live.spread(rows[0]), live.spread(rows[1]), entropy)
     reached = gradient_error(error, torch.ones_like(error), sparsity)
-    return result, entries, live.spread(dropped), reached
+    return result, entries, reached
 
 
 def _fill_entries(
@@ -58,6 +57,7 @@ def _fill_entries(
     choice = choose_row_entries(mass, sparsity)
     is_left_out = choice.is_spared(mass) | ~choice.is_sparse[:, None]
     entries.is_dense[rows] = ~choice.is_sparse
+    entries.dropped_mass[rows] = choice.dropped_mass.float()
     numbers = torch.arange(len(entries.ids), device=e.device)[rows]
     for begin in range(0, len(e), step):
         part = slice(begin, min(begin + step, len(e)))
@@ -100,9 +100,12 @@ def backward_sparse(
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         stats = softmax.forward(chunk_hidden, part)
         d_linear = _linear_gradient_(softmax, stats, upstream[part])
-        of_part = Entries(*(live.chunk(x, part) for x in entries))
-        _put_entries_(d_linear, of_part, upstream[part])
-        gradient.add(part, chunk_hidden, d_linear, None, tail)
+        _put_entries_(d_linear, entries, live, part, upstream[part], max(1, call.blocks.rows // 4))
+        missing = None
+        if tail is not None:
+            dropped = live.chunk(entries.dropped_mass, part)
+            missing = Missing(tail, (-upstream[part] * dropped).to(call.dtype))
+        gradient.add(part, chunk_hidden, d_linear, None, missing)
     return gradient.result()
 
 
@@ -116,9 +119,14 @@ def _linear_gradient_(softmax: ChunkSoftmax, stats: ChunkStats, upstream: Tensor
     return d_linear.mul_(logits.call.head.slope)
 
 
-def _put_entries_(d_linear: Tensor, entries: Entries, upstream: Tensor) -> None:
-    """Replace the rows that have a list by its entries."""
-    d_linear.masked_fill_(~entries.is_dense[:, None], 0.0)
-    row, column = (entries.ids >= 0).nonzero(as_tuple=True)
-    value = entries.derivative[row, column] * upstream[row]
-    d_linear[row, entries.ids[row, column]] = value
+def _put_entries_(
+    d_linear: Tensor, entries: Entries, live: LiveRows, part: slice, upstream: Tensor, step: int
+) -> None:
+    """Replace the live rows `part` that have a list by its entries, `step` rows at a time."""
+    for begin in range(0, len(d_linear), step):
+        at = slice(begin, min(begin + step, len(d_linear)))
+        rows = slice(part.start + at.start, part.start + at.stop)
+        ids, derivative, is_dense = (live.chunk(x, rows) for x in entries[:3])
+        block = d_linear[at].masked_fill_(~is_dense[:, None], 0.0)
+        row, column = (ids >= 0).nonzero(as_tuple=True)
+        block[row, ids[row, column]] = derivative[row, column] * upstream[at][row]

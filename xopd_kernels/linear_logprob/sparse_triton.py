@@ -25,10 +25,10 @@ from xopd_kernels.records import Entries, GradientSink, HeadGradient, LinearLogp
 
 def forward_sparse(
     call: Call, hidden: Tensor, target: Tensor, ignore_index: int, sparsity: Sparsity
-) -> tuple[LinearLogprob, Entries, Tensor, Tensor]:
+) -> tuple[LinearLogprob, Entries, Tensor]:
     """Log-prob, lse and entropy of each row: hidden [N, D], target [N]; what the backward reads.
 
-    Also the dropped mass [N] fp32 and the error [] fp32 of the worst row.
+    Also the error [] fp32 of the worst row.
     """
     live = DeviceRows.of(target != ignore_index, call.step)
     pipeline = ChunkPipeline.of(call, target, live)
@@ -39,8 +39,8 @@ def forward_sparse(
         target.new_empty(len(target), options.length),
         logits.new_empty(len(target), options.length),
         torch.empty_like(target, dtype=torch.bool),
+        torch.empty_like(rows.lse),
     )
-    dropped = torch.zeros_like(rows.lse)
     error = torch.zeros((), dtype=torch.float64, device=hidden.device)
     for part, live_count in live.parts():
         chunk = pipeline.gather(hidden, part)
@@ -50,18 +50,18 @@ def forward_sparse(
         log_p, one = rows.logprob[part], ones[part]
         enough = log_p.expm1() * (-sparsity.max_error)  # half of the row's allowance
         lists = run_lists(pipeline, logits, part, live_count, rows, enough, options)
-        terms = EntryTerms(pipeline.target[part], one, -one, -log_p.expm1())
         mass = lists.row_mass(one, pipeline.target[part], logits.shape[1])
+        terms = EntryTerms(pipeline.target[part], one, -one, mass.rest)
         choice = choose_row_entries(mass, sparsity)
         lists = run_keep(lists, choice, terms, call.head.slope)
         is_live = torch.arange(len(chunk), device=hidden.device) < live_count
         _put(entries, live.order[part], lists, is_live & ~choice.is_sparse)
-        dropped[part] = choice.dropped_mass.float()
+        entries.dropped_mass.index_copy_(0, live.order[part], choice.dropped_mass.float())
         error = torch.maximum(error, choice.error)
     entropy = rows.lse.new_empty(0) if rows.entropy is None else live.spread(rows.entropy)
     result = LinearLogprob(live.spread(rows.logprob), live.spread(rows.lse), entropy)
     reached = gradient_error(error, torch.ones_like(error), sparsity)
-    return result, entries, live.spread(dropped), reached
+    return result, entries, reached
 
 
 def _put(entries: Entries, order: Tensor, lists: EntryLists, is_dense: Tensor) -> None:
@@ -95,7 +95,9 @@ def backward_sparse(
         value = entries.derivative[part] * upstream[part, None].float()
         lists = EntryLists(ids, value, None, count, value[:, 0])
         out_row = torch.arange(begin, begin + len(ids), device=hidden.device)
-        gradient.add_entries(hidden[part].contiguous(), out_row, lists)
+        missing = -upstream[part].float() * entries.dropped_mass[part]
+        missing = missing.where(count > 0, 0.0)  # an ignored row's upstream may be NaN
+        gradient.add_entries(hidden[part].contiguous(), out_row, lists, missing)
     return gradient.result()
 
 

@@ -138,8 +138,8 @@ def linear_policy_loss(
         max_gradient_error: e >= 0; with "sparse" and "unbiased" only, which need it. With the
             gradients dz_i of the transformed logits and dz'_i as used,
             ``sum_i ||dz_i - dz'_i||_1 <= e * sum_i ||dz_i||_1``, so d_hidden of a row is off by
-            at most ``||dz_i - dz'_i||_1 * max_v ||W_v - u_i||`` (times the slope between linear
-            output and logits; u_i: `chunk.sparse.Tail`). e = 0: as "exact".
+            at most ``||dz_i - dz'_i||_1 * max_v ||s_v W_v - u_i||`` (s_v: slope between linear
+            output and logit; u_i: `chunk.sparse.Tail`). e = 0: as "exact".
             `chunk.sparse.choose_rows` is the rule.
         gradient_seed: int, needed by "unbiased": what is drawn is a function of it and of the
             row's number. Another one for each step.

@@ -46,7 +46,7 @@ def forward_sparse(
     dropped = hidden.new_empty(live.live, dtype=torch.float32)
     numbers = live.take(torch.arange(live.total))
     error, norm = torch.zeros(2, dtype=torch.float64)
-    sums = SparseSum.of(gradient, hidden)
+    sums = SparseSum.of(gradient, hidden, has_tail=not sparsity.is_unbiased)
     for chunk in chunks(call, hidden, live, gradient, keeps_logits=True):
         part, bounds = chunk.part, bounds_of(call, len(chunk.hidden), sparsity, id_count=1)
         listed = ListedRows.of(softmax.model, chunk, softmax.ids[part], bounds)
@@ -60,6 +60,7 @@ def forward_sparse(
             chunk,
             listed.lists.entries,
             choice,
+            -token.coefficient * choice.dropped_mass,
             _dense_rows(softmax.model, chunk, stats, token.coefficient),
         )
         dropped[part] = choice.dropped_mass.float()

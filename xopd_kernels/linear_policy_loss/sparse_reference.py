@@ -8,7 +8,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.reference import ChunkSoftmax, ChunkStats, GradientSum, LiveRows
 from xopd_kernels.chunk.reference_sparse import Lists, draw, leave_out_
-from xopd_kernels.chunk.sparse import Choice, Tail, choose_rows, gradient_error
+from xopd_kernels.chunk.sparse import Choice, Missing, Tail, choose_rows, gradient_error
 from xopd_kernels.linear_policy_loss.reference import Rows, token_loss
 from xopd_kernels.records import GradientSink, HeadGradient, PolicyLoss, PolicyTerms, Sparsity
 
@@ -34,7 +34,8 @@ def forward_sparse(
     dropped = hidden.new_empty(live.live, dtype=torch.float32)
     error, norm = torch.zeros(2, dtype=torch.float64, device=hidden.device)
     numbers = torch.arange(live.total, device=hidden.device)
-    tail = Tail.of(call.head, call.dtype) if call.wanted.hidden else None
+    has_tail = call.wanted.hidden and not sparsity.is_unbiased
+    tail = Tail.of(call.head, call.dtype) if has_tail else None
     for part in live.parts(call.step):
         chunk_hidden = live.chunk(hidden, part).to(call.dtype)
         stats = softmax.forward(chunk_hidden, part)
@@ -47,7 +48,11 @@ def forward_sparse(
         alive = (~choice.is_whole).nonzero().squeeze(1)
         kept = None if len(alive) == len(choice.is_whole) else alive
         d_logit = _logit_gradient_(softmax, stats, token.coefficient, kept)
-        gradient.add(part, chunk_hidden, d_logit, kept, tail)
+        missing = None
+        if tail is not None:
+            amount = torch.where(choice.is_sparse, -token.coefficient * choice.dropped_mass, 0.0)
+            missing = Missing(tail, amount.to(call.dtype))
+        gradient.add(part, chunk_hidden, d_logit, kept, missing)
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
     return result, gradient.result(), live.spread(dropped), gradient_error(error, norm, sparsity)
 

@@ -43,7 +43,7 @@ def forward_sparse(
     terms = terms.map(lambda values: live.take(values).float())
     out = hidden.new_zeros(len(TokenRows._fields), len(target), dtype=torch.float32)
     rows, logits = TokenRows(*out), pipeline.empty_logits()
-    gradient = SparseSum.of(pipeline, hidden, sink)
+    gradient = SparseSum.of(pipeline, hidden, sink, has_tail=not sparsity.is_unbiased)
     statistics = RowStatistics(rows.logprob, rows.lse, rows.maximum, rows.total, None)
     upstream = RowGradients(rows.coefficient, None, None)
     dropped = torch.zeros_like(rows.loss)
@@ -56,7 +56,8 @@ def forward_sparse(
         choice, lists = _choose(
             pipeline, logits, part, live_count, statistics, coefficient, sparsity
         )
-        gradient.add_entries(chunk, live.order[part], lists)
+        missing = torch.where(choice.is_sparse, -coefficient * choice.dropped_mass, 0.0).float()
+        gradient.add_entries(chunk, live.order[part], lists, missing)
         dropped[part] = choice.dropped_mass.float()
         error, norm = error + choice.error, norm + choice.norm
         dense = Alive.of(coefficient.masked_fill(choice.is_sparse | choice.is_whole, 0.0))
@@ -82,13 +83,15 @@ def _choose(
     `coefficient` [part rows] is d loss / d logprob.
     """
     call, target = pipeline.call, pipeline.target[part]
-    at_target = -rows.logprob[part].expm1()
     # One more slot for the class that is drawn.
     options = ListOptions(list_length(call.work, call.step), extra=int(sparsity.is_unbiased))
-    enough = at_target * (sparsity.max_error / 2)  # half of the row's share of the allowance
+    # Half of the row's share of the allowance.
+    enough = rows.logprob[part].expm1() * (-sparsity.max_error / 2)
     lists = run_lists(pipeline, logits, part, live_count, rows, enough, options)
-    terms = EntryTerms(target, coefficient.abs(), -coefficient, coefficient * at_target)
-    choice = choose_rows(lists.row_mass(terms.scale, target, logits.shape[1]), sparsity)
+    mass = lists.row_mass(coefficient.abs(), target, logits.shape[1])
+    # Not by the log-prob: that of a sure token has no digits.
+    terms = EntryTerms(target, mass.scale, -coefficient, coefficient * mass.rest)
+    choice = choose_rows(mass, sparsity)
     lists = run_keep(lists, choice, terms, call.head.slope)
     if sparsity.is_unbiased:
         uniform = row_uniform(sparsity.seed, pipeline.live.order[part])

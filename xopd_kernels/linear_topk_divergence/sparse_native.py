@@ -52,7 +52,8 @@ def forward_sparse(
             row[part] = values
         choice, dropped[part] = row_terms.apply(listed, model.head.slope, sparsity)
         dense = _DenseRows(model, chunk, row_terms)
-        sums.add(chunk, listed.lists.entries, choice, dense.write)
+        missing = row_terms.factor * choice.dropped_mass
+        sums.add(chunk, listed.lists.entries, choice, missing, dense.write)
         error, norm = error + choice.error, norm + choice.norm
         del chunk, listed, dense
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
@@ -81,13 +82,18 @@ class _RowTerms(NamedTuple):
         total = listed.total.where(has_rest, 1.0)
         return cls(teacher.ids, listed.maximum, total, terms)
 
+    @property
+    def factor(self) -> Tensor:
+        """[rows] fp64: the gradient of a class, for its share of what the ids leave."""
+        return self.terms.of_rest.double() * self.total
+
     def apply(self, listed: ListedRows, slope: float, sparsity: Sparsity) -> tuple[Choice, Tensor]:
         """The rule, and the dropped mass [rows] fp32; the values become a gradient.
 
         Masses are shares of what the ids leave: p_v is as small as that is, the share of a class is
         not.
         """
-        factor = self.terms.of_rest.double() * self.total
+        factor = self.factor
         outside, scale = listed.to_mass(1 / self.total), factor.abs()
         norm = self.terms.at_ids.abs().double().sum(1) + scale * (listed.total / self.total)
         mass = RowMass(scale, norm, self.terms.rest_mass, outside, listed.values)

@@ -10,7 +10,7 @@ from torch import Tensor
 from xopd_kernels.chunk.call import Call
 from xopd_kernels.chunk.reference import ChunkLogits, GradientSum, LiveRows
 from xopd_kernels.chunk.reference_sparse import Lists, leave_out_
-from xopd_kernels.chunk.sparse import Choice, Tail, choose_rows, gradient_error
+from xopd_kernels.chunk.sparse import Choice, Missing, Tail, choose_rows, gradient_error
 from xopd_kernels.linear_topk_divergence.reference import TopKTerms, exponentials_, usable_ids
 from xopd_kernels.records import GradientSink, HeadGradient, LinearDivergence, Sparsity, TopK
 from xopd_kernels.validation import check_top_k
@@ -52,12 +52,17 @@ def forward_sparse(
         terms, rest = exponentials_(z, given, chunk_weight, beta)
         out[0, part], out[1, part], out[2, part] = terms[:3]
         choice, dropped[part] = _leave_out_(student, z, ids, terms, rest, sparsity)
+        missing = None
+        if tail is not None:
+            amount = terms.of_rest * rest * choice.dropped_mass
+            amount = torch.where(choice.is_sparse, amount, 0.0)
+            missing = Missing(tail, amount.to(call.dtype))
         error, norm = error + choice.error, norm + choice.norm
         z.mul_(terms.of_rest[:, None])
         z.scatter_(1, ids, terms.at_ids)
         alive = (~choice.is_whole).nonzero().squeeze(1)
         kept = None if len(alive) == len(z) else alive
-        gradient.add(part, chunk_hidden, student.keep(len(z), kept), kept, tail)
+        gradient.add(part, chunk_hidden, student.keep(len(z), kept), kept, missing)
     result = LinearDivergence(*(live.spread(x.clone()) for x in out))
     return result, gradient.result(), live.spread(dropped), gradient_error(error, norm, sparsity)
 

@@ -285,6 +285,7 @@ def _list_bytes(work: Workload, chunk: int) -> int:
     copies = work.rows * length * 16 * is_kept
     slots = chunk * (length + work.top_k + LIST_ROOM)
     tail = TAIL_BYTES + work.arithmetic.itemsize * work.dim * (TAIL_CLASSES + 4)
+    tail += 8 * work.vocab_size
     tail *= work.wanted.hidden
     # A row at a time is searched for its largest classes: its copy, their order, what is chosen.
     lists = max(copies, min(LIST_BYTES, slots * LIST_SLOT_BYTES))

@@ -116,23 +116,30 @@ def test_a_plan_refuses_what_the_call_refuses(backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("wanted", [Wanted(True, True, True), Wanted(False, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "wanted",
+    [Wanted(True, True, True), Wanted(False, False, True), Wanted(True, False, False)],
+    ids=str,
+)
+@pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.NATIVE])
+@pytest.mark.parametrize("softcap", [None, 10.0])
 @pytest.mark.parametrize("vocab_size", [2000, 40_000])
 @pytest.mark.parametrize("operator", [Operator.POLICY_LOSS, Operator.DIVERGENCE])
-def test_a_bias_of_two_bytes_is_in_the_plan(operator, vocab_size, wanted, dtype):
-    """It is upcast for all tiles that a call of the kernels goes through."""
+def test_a_bias_of_two_bytes_is_in_the_plan(operator, vocab_size, softcap, backend, wanted, dtype):
+    """NATIVE upcasts it for all tiles that a call of the kernels goes through."""
     rows, dim = 64, 32
     leaves = [torch.randn(*shape).to(dtype) for shape in ((rows, dim), (vocab_size, dim))]
     leaves.append(torch.randn(vocab_size).to(dtype))
     hidden, weight, bias = (x.requires_grad_(y) for x, y in zip(leaves, wanted, strict=True))
     is_divergence = operator is Operator.DIVERGENCE
     work = Workload.of(operator, hidden, weight, wanted)
-    work = work._replace(teacher_dim=dim * is_divergence)
-    budget = least_budget(work, Backend.NATIVE)
+    work = work._replace(teacher_dim=dim * is_divergence, has_softcap=softcap is not None)
+    budget = least_budget(work, backend)
     teacher = [-x.detach() for x in leaves]
 
     def run():
-        options = {"bias": bias, "memory_budget_bytes": budget, "backend": Backend.NATIVE}
+        options = {"bias": bias, "memory_budget_bytes": budget, "backend": backend}
+        options["softcap"] = softcap
         if is_divergence:
             options["teacher_bias"] = teacher[2]
             loss = linear_divergence(hidden, weight, *teacher[:2], **options).divergence.sum()
@@ -141,4 +148,4 @@ def test_a_bias_of_two_bytes_is_in_the_plan(operator, vocab_size, wanted, dtype)
             loss = linear_policy_loss(hidden, weight, target, **options).loss
         return torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])
 
-    assert peak(allocations(run)) <= memory_plan(work, Backend.NATIVE, budget).peak_bytes
+    assert peak(allocations(run)) <= memory_plan(work, backend, budget).peak_bytes

@@ -327,3 +327,17 @@ def test_a_token_that_is_nearly_certain_keeps_its_own_entry():
     out.logprob.sum().backward()
     rest = 63 * (-logits[:, 5].double()).exp()
     torch.testing.assert_close(weight.grad[5].double(), rest / (1 + rest), rtol=1e-5, atol=0.0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_handed_out_may_be_changed(backend):
+    """Metrics are masked and reduced in place; the backward pass keeps its own."""
+    inputs = make_inputs(*SHAPE, torch.float32)
+    found = []
+    for factor in (1.0, 0.0):
+        call = {"backend": backend, "needs_entropy": True, **SPARSE}
+        out = linear_logprob(*inputs[:2], inputs.target, **call)
+        for values in out[1:]:
+            values.mul_(factor)
+        found.append(torch.autograd.grad(out.logprob.sum(), inputs[:2]))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -91,7 +91,7 @@ def test_the_lists_are_bounded(backend, operator, rows):
     work = workload(operator, rows, torch.bfloat16)._replace(vocab_size=WIDE, dim=2048)
     plan = memory_plan(work, backend)
     searched, tile = 16 * WIDE, 4 * 2048 * NATIVE_TILE_CLASSES  # of d_weight, not rounded yet
-    tail = TAIL_BYTES + 4 * 2048 * (TAIL_CLASSES + 4)
+    tail = TAIL_BYTES + 4 * 2048 * (TAIL_CLASSES + 4) + 8 * WIDE
     assert 0 < plan.list_bytes <= 1.5 * LIST_BYTES + searched + tile + tail
     exact = memory_plan(work._replace(is_sparse=False), backend)
     more = plan.peak_bytes - exact.peak_bytes
@@ -143,3 +143,22 @@ def test_long_lists_of_log_probs(backend, ignored):
         return torch.autograd.grad(out.logprob.sum(), leaves)
 
     assert peak(allocations(call)) <= plan.peak_bytes
+
+
+@pytest.mark.parametrize("softcap", [None, 8.0])
+@BACKENDS
+def test_a_wide_head(backend, softcap):
+    """The classes that stand for those left out, D numbers each, weigh more than the lists."""
+    rows, classes, dim = 32, 1024, 8192
+    hidden, weight = torch.randn(rows, dim).requires_grad_(), torch.randn(classes, dim)
+    work = Workload.of(Operator.POLICY_LOSS, hidden, weight, Wanted(True, False, False))
+    work = work._replace(is_sparse=True, has_softcap=softcap is not None)
+    given = {"gradient": "sparse", "max_gradient_error": 0.3, "softcap": softcap}
+    given |= {"advantage": torch.ones(rows), "backend": backend}
+
+    def call():
+        loss = linear_policy_loss(hidden, weight, torch.arange(rows), **given).loss
+        return torch.autograd.grad(loss, hidden)
+
+    plan = memory_plan(work, backend)
+    assert 0.6 * plan.peak_bytes <= peak(allocations(call)) <= plan.peak_bytes

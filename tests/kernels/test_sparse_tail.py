@@ -60,3 +60,70 @@ def test_what_unlikely_classes_share_is_not_lost(backend, operator, shared, tran
     sparse = problem.d_hidden(operator, backend=backend, **transform, **SPARSE)
     error = (sparse - exact).norm() / exact.norm()
     assert 1e-3 < error < 0.04
+
+
+TRANSFORMS = pytest.mark.parametrize(
+    "transform",
+    [
+        {},
+        {"softcap": 6.0},
+        {"temperature": 0.6, "softcap": 4.0, "logit_scale": 1.2},
+        {"temperature": 1.4, "logit_scale": 2.0},
+    ],
+    ids=str,
+)
+
+
+def small_head(rows, classes, spread):
+    """Broad tokens; the rows of the weight share a vector, and a bias changes what is likely."""
+    rng = torch.Generator().manual_seed(5)
+    hidden = spread * torch.randn(rows, 16, generator=rng)
+    weight = torch.randn(classes, 16, generator=rng) / 2 + 2 * torch.randn(16, generator=rng)
+    bias = 2 * torch.randn(classes, generator=rng)
+    return hidden, weight, bias, torch.randint(classes, (rows,), generator=rng)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("operator", [Operator.LOGPROB, Operator.POLICY_LOSS])
+@TRANSFORMS
+def test_with_few_classes_all_of_them_stand_for_themselves(backend, operator, transform):
+    """V <= TAIL_CLASSES: u_i is the mean of what is left out, and d_hidden is exact."""
+    hidden, weight, bias, target = small_head(8, 400, 0.4)
+    found = []
+    for mode in ({}, {"gradient": "sparse", "max_gradient_error": 1.0}):
+        leaf = hidden.clone().requires_grad_()
+        options = {"bias": bias, "backend": backend, **transform, **mode}
+        if operator is Operator.LOGPROB:
+            out = linear_logprob(leaf, weight, target, **options)
+            loss = out.logprob.sum()
+        else:
+            out = linear_policy_loss(leaf, weight, target, advantage=torch.ones(8), **options)
+            loss = out.loss
+        found.append(torch.autograd.grad(loss, leaf)[0])
+    exact, sparse = found
+    is_whole = (sparse == 0).all(1)
+    assert is_whole.sum() <= 1
+    assert (out.dropped_mass > 0.05).sum() >= 6
+    error = (sparse - exact).norm(dim=1)[~is_whole]
+    assert (error < 1e-5 * exact.norm(dim=1)[~is_whole]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@TRANSFORMS
+def test_d_hidden_of_drawn_classes_is_unbiased(backend, transform):
+    """A drawn class stands for all that is left out: their mean on top of it would count twice."""
+    hidden, weight, bias, target = small_head(6, 400, 0.4)
+    leaf, count = hidden.requires_grad_(), 150
+
+    def d_hidden(**mode):
+        options = {"bias": bias, "backend": backend, **transform, **mode}
+        out = linear_policy_loss(leaf, weight, target, advantage=torch.ones(6), **options)
+        return torch.autograd.grad(out.loss, leaf)[0]
+
+    exact, mode = d_hidden(), {"gradient": "unbiased", "max_gradient_error": 2.0}
+    draws = torch.stack([d_hidden(gradient_seed=seed, **mode) for seed in range(count)])
+    spread = draws.std(0) / count**0.5
+    assert (spread.norm() / exact.norm()) > 1e-3  # something is drawn
+    z = (draws.mean(0) - exact) / (spread + 1e-6 * exact.abs().max())
+    assert z.square().mean().sqrt() < 1.4
+    assert z.abs().max() < 5

@@ -127,8 +127,8 @@ class ChunkLogits(NamedTuple):
         z = self.buffer[: len(hidden)]
         for classes, tile in self.weight_tiles():
             torch.mm(hidden, tile.t(), out=z[:, classes])
-        if head.bias is not None:
-            z.add_(head.bias.to(z.dtype))
+            if head.bias is not None:
+                z[:, classes].add_(head.bias[classes].to(z.dtype))
         if head.softcap is None:
             return z if head.slope == 1.0 else z.mul_(head.slope)
         z.mul_(head.logit_scale / head.softcap)

@@ -168,35 +168,40 @@ class Tail(NamedTuple):
     is known, times u_i, their mean of ``s_v W_v`` weighted with p, over those of about
     `TAIL_CLASSES` that row i leaves out. The row of d_hidden is then off by at most
     ``||dz_i - dz'_i||_1 max_v ||s_v W_v - u_i||``. A class that is drawn for those left out
-    ("unbiased") has their sum already.
+    ("unbiased") has their sum already. An entry whose slope is 0 in fp32 counts as left out.
     """
 
-    step: int  # of so many classes each time one
-    classes: Tensor  # [S] int64, ascending: a vocabulary with a period fools an even spacing
+    classes: Tensor  # [S] int64, one of so many in a row
+    place: Tensor  # [V] int64 their numbers among the S; S for all others
     weight: Tensor  # [S, D] their rows of the weight, in the dtype of the arithmetic
     bias: Tensor | None  # [S]
     head: Head
 
     @classmethod
     def of(cls, head: Head, dtype: torch.dtype) -> "Tail":
-        """The classes are the same for any head of as many."""
+        """The same classes for any head of as many.
+
+        Each at a hashed place: evenly spaced ones have all or none of what has their period.
+        """
         count, device = len(head.weight), head.weight.device
         step = -(-count // TAIL_CLASSES)
         first = torch.arange(0, count, step, device=device)
         width = (count - first).clamp(max=step)
         classes = first + (row_uniform(0, first) * width).long()
+        place = first.new_full((count,), len(first))
+        place[classes] = torch.arange(len(first), device=device)
         weight = head.weight.new_empty(len(first), head.weight.shape[1], dtype=dtype)
         for begin in range(0, len(first), _TAIL_COPY):  # indexing makes a copy of its own
             part = slice(begin, begin + _TAIL_COPY)
             weight[part] = head.weight[classes[part]]
         bias = None if head.bias is None else head.bias[classes].to(dtype)
-        return cls(step, classes, weight, bias, head)
+        return cls(classes, place, weight, bias, head)
 
     def listed(self, ids: Tensor, is_entry: Tensor) -> Tensor:
         """[rows, S] bool: which of them are entries: `ids` [rows, K] where `is_entry` [rows, K]."""
         count = len(self.classes)
-        place = (ids // self.step).long().clamp_(0, count - 1)
-        place = torch.where(is_entry & (self.classes[place] == ids), place, count)
+        # Behind the entries ids may be anything.
+        place = self.place[ids.where(is_entry, 0)].masked_fill_(~is_entry, count)
         found = ids.new_zeros(len(ids), count + 1, dtype=torch.bool)
         return found.scatter_(1, place, True)[:, :count]
 
@@ -234,7 +239,7 @@ class Tail(NamedTuple):
         `hidden` [rows, D]; the classes `ids` [rows, K] are entries where `is_entry`; `missing`
         [rows]: the sum of dz over all others.
         """
-        step = self.rows_at_once(28 * ids.shape[1])
+        step = self.rows_at_once(18 * ids.shape[1])
         for begin in range(0, len(hidden), step):
             part = slice(begin, begin + step)
             listed = self.listed(ids[part], is_entry[part])

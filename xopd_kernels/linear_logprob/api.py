@@ -157,8 +157,9 @@ def linear_logprob(
             memory_budget_bytes,
             backend_name,
         )
-        dropped = Entries(*entries).dropped_mass
-        rows = (logprob, lse.detach(), entropy.detach(), dropped.detach())
+        # A copy: the backward pass reads it, and whoever logs it may change it.
+        dropped = Entries(*entries).dropped_mass.detach().clone()
+        rows = (logprob, lse.detach(), entropy.detach(), dropped)
         shaped = _shaped(rows, x.shape, needs_entropy)
         return SparseLinearLogprob._make([*shaped, error.detach()])
     results = linear_logprob_op(

@@ -104,12 +104,11 @@ def test_logprob_bound(kind, max_error, monkeypatch):
     assert (row_error <= (out.gradient_error + 4e-6) * row_norm + noise).all()
 
 
-@pytest.mark.parametrize("softcap", [None, 30.0])
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda x: x.value)
-def test_what_unlikely_classes_share_is_not_lost(operator, softcap):
+def test_what_unlikely_classes_share_is_not_lost(operator):
     problem = SharedRows("by each eighth", rows=16)
-    exact = problem.d_hidden(operator, softcap=softcap, **REFERENCE)
-    sparse = problem.d_hidden(operator, softcap=softcap, **SPARSE, **TRITON)
+    exact = problem.d_hidden(operator, softcap=30.0, **REFERENCE)
+    sparse = problem.d_hidden(operator, softcap=30.0, **SPARSE, **TRITON)
     assert 1e-3 < (sparse - exact).norm() / exact.norm() < 0.04
 
 

@@ -123,11 +123,10 @@ def test_a_plan_refuses_what_the_call_refuses(backend):
 )
 @pytest.mark.parametrize("backend", [Backend.REFERENCE, Backend.NATIVE])
 @pytest.mark.parametrize("softcap", [None, 10.0])
-@pytest.mark.parametrize("vocab_size", [2000, 40_000])
 @pytest.mark.parametrize("operator", [Operator.POLICY_LOSS, Operator.DIVERGENCE])
-def test_a_bias_of_two_bytes_is_in_the_plan(operator, vocab_size, softcap, backend, wanted, dtype):
+def test_a_bias_of_two_bytes_is_in_the_plan(operator, softcap, backend, wanted, dtype):
     """NATIVE upcasts it for all tiles that a call of the kernels goes through."""
-    rows, dim = 64, 32
+    rows, vocab_size, dim = 64, 40_000, 32
     leaves = [torch.randn(*shape).to(dtype) for shape in ((rows, dim), (vocab_size, dim))]
     leaves.append(torch.randn(vocab_size).to(dtype))
     hidden, weight, bias = (x.requires_grad_(y) for x, y in zip(leaves, wanted, strict=True))

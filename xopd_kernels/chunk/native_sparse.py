@@ -218,7 +218,7 @@ class SparseSum(NamedTuple):
     ) -> None:
         """Add a chunk: the entries of its sparse rows, and what `dense` writes of the others.
 
-        `missing` [rows]: what the sparse rows lack, see `Tail`; of others it is not read.
+        `missing` [rows] fp32: what they lack, see `Tail`.
         """
         sums = self.gradient
         rows = choice.is_sparse.nonzero().squeeze(1)
@@ -239,7 +239,7 @@ class SparseSum(NamedTuple):
     def add_hidden(self, lists: Listed, missing: Tensor, rows: Tensor, out_rows: Tensor) -> None:
         """Write the rows of d_hidden of the lists `rows` [n] int64 to its rows `out_rows`.
 
-        `missing`: of all lists.
+        `missing` fp32: of all lists.
         """
         sums = self.gradient
         if sums.hidden is None or len(rows) == 0:
@@ -252,7 +252,7 @@ class SparseSum(NamedTuple):
             if self.tail is not None:
                 slot = torch.arange(lists.values.shape[1])
                 is_entry = (slot < lists.counts[part, None]) & (lists.values[part] != 0)
-                given = (lists.ids[part], is_entry, missing[part].float())
+                given = (lists.ids[part], is_entry, missing[part])
                 self.tail.add_to(out, self.hidden[places], *given)
             sums.hidden[places] = out.to(sums.hidden.dtype)
 

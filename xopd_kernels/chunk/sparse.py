@@ -68,6 +68,11 @@ class Choice(NamedTuple):
         limit = self.threshold if self.threshold.ndim == 0 else self.threshold[:, None]
         return (_entries(rows) <= limit) & self.is_sparse[:, None]
 
+    def missing(self, factor: Tensor) -> Tensor:
+        """[rows] sum of dz over what sparse rows lack, for `Tail`, of the `factor` [rows] f."""
+        amount = torch.where(self.is_sparse, factor * self.dropped_mass, 0.0)
+        return amount.to(self.threshold.dtype)
+
 
 def choose_rows(rows: RowMass, sparsity: Sparsity) -> Choice:
     r"""What is left out of a chunk whose row factors are known.

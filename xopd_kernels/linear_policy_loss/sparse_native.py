@@ -60,7 +60,7 @@ def forward_sparse(
             chunk,
             listed.lists.entries,
             choice,
-            -token.coefficient * choice.dropped_mass,
+            choice.missing(-token.coefficient),
             _dense_rows(softmax.model, chunk, stats, token.coefficient),
         )
         dropped[part] = choice.dropped_mass.float()

@@ -48,10 +48,7 @@ def forward_sparse(
         alive = (~choice.is_whole).nonzero().squeeze(1)
         kept = None if len(alive) == len(choice.is_whole) else alive
         d_logit = _logit_gradient_(softmax, stats, token.coefficient, kept)
-        missing = None
-        if tail is not None:
-            amount = torch.where(choice.is_sparse, -token.coefficient * choice.dropped_mass, 0.0)
-            missing = Missing(tail, amount.to(call.dtype))
+        missing = None if tail is None else Missing(tail, choice.missing(-token.coefficient))
         gradient.add(part, chunk_hidden, d_logit, kept, missing)
     result = PolicyLoss(rows.loss.sum(), *(live.spread(x) for x in rows[1:]))
     return result, gradient.result(), live.spread(dropped), gradient_error(error, norm, sparsity)

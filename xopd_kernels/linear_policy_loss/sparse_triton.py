@@ -56,8 +56,7 @@ def forward_sparse(
         choice, lists = _choose(
             pipeline, logits, part, live_count, statistics, coefficient, sparsity
         )
-        missing = torch.where(choice.is_sparse, -coefficient * choice.dropped_mass, 0.0).float()
-        gradient.add_entries(chunk, live.order[part], lists, missing)
+        gradient.add_entries(chunk, live.order[part], lists, choice.missing(-coefficient))
         dropped[part] = choice.dropped_mass.float()
         error, norm = error + choice.error, norm + choice.norm
         dense = Alive.of(coefficient.masked_fill(choice.is_sparse | choice.is_whole, 0.0))

@@ -52,7 +52,7 @@ def forward_sparse(
             row[part] = values
         choice, dropped[part] = row_terms.apply(listed, model.head.slope, sparsity)
         dense = _DenseRows(model, chunk, row_terms)
-        missing = row_terms.factor * choice.dropped_mass
+        missing = choice.missing(row_terms.factor)
         sums.add(chunk, listed.lists.entries, choice, missing, dense.write)
         error, norm = error + choice.error, norm + choice.norm
         del chunk, listed, dense

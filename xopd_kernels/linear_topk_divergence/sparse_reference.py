@@ -52,11 +52,7 @@ def forward_sparse(
         terms, rest = exponentials_(z, given, chunk_weight, beta)
         out[0, part], out[1, part], out[2, part] = terms[:3]
         choice, dropped[part] = _leave_out_(student, z, ids, terms, rest, sparsity)
-        missing = None
-        if tail is not None:
-            amount = terms.of_rest * rest * choice.dropped_mass
-            amount = torch.where(choice.is_sparse, amount, 0.0)
-            missing = Missing(tail, amount.to(call.dtype))
+        missing = None if tail is None else Missing(tail, choice.missing(terms.of_rest * rest))
         error, norm = error + choice.error, norm + choice.norm
         z.mul_(terms.of_rest[:, None])
         z.scatter_(1, ids, terms.at_ids)

@@ -52,8 +52,8 @@ def forward_sparse(
         choice, lists = run.choose(chunk)
         error, norm = error + choice.error, norm + choice.norm
         out[:, part] = torch.stack((*chunk.terms[:3], chunk.dropped(choice)))
-        missing = torch.where(choice.is_sparse, run.factor[part] * choice.dropped_mass, 0.0)
-        gradient.add_entries(rows, live.order[part], lists, missing.float())
+        missing = choice.missing(run.factor[part])
+        gradient.add_entries(rows, live.order[part], lists, missing)
         is_dense = chunk.is_live & ~(choice.is_sparse | choice.is_whole)
         dense = Alive.of(is_dense)
         gradient.add(part, rows, run.d_logit(chunk, dense), dense)
